@@ -90,7 +90,9 @@ impl FromStr for Lsn {
 
     fn from_str(text: &str) -> Result<Lsn, InvalidLsn> {
         let (high, low) = text.split_once('/').ok_or(InvalidLsn)?;
-        Ok(Lsn(u64::from(hex_u32(high)?) << 32 | u64::from(hex_u32(low)?)))
+        Ok(Lsn(
+            u64::from(hex_u32(high)?) << 32 | u64::from(hex_u32(low)?)
+        ))
     }
 }
 
@@ -124,7 +126,18 @@ mod tests {
 
     #[test]
     fn refuses_what_is_not_an_lsn() {
-        for text in ["", "/", "1", "1/", "/1", "g/0", "+1/0", "123456789/0", "1/2/3", " 1/2"] {
+        for text in [
+            "",
+            "/",
+            "1",
+            "1/",
+            "/1",
+            "g/0",
+            "+1/0",
+            "123456789/0",
+            "1/2/3",
+            " 1/2",
+        ] {
             assert_eq!(text.parse::<Lsn>(), Err(InvalidLsn), "{text:?}");
         }
     }
