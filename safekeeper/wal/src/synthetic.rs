@@ -1,0 +1,1 @@
+//! WAL made to order, for tests.
