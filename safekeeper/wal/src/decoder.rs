@@ -38,41 +38,14 @@ use safekeeper_protocol::Lsn;
 
 use crate::bytes::{u32_at, u64_at};
 use crate::error::WalError;
+use crate::format::WalFormat;
 use crate::history::TimelineHistory;
 use crate::page::{
-    FLAG_OVERWRITE_CONTRECORD, LONG_HEADER_SIZE, PAGE_SIZE, PageHeader, PgVersion,
-    SHORT_HEADER_SIZE, page_header_size,
+    FLAG_OVERWRITE_CONTRECORD, LONG_HEADER_SIZE, PAGE_SIZE, PageHeader, page_header_size,
 };
 use crate::record::{
     RECORD_HEADER_SIZE, Record, RecordHeader, record_crc, record_len_max, rmgr_is_valid,
 };
-use crate::segment_name::SegmentSize;
-
-/// What must be known of a cluster to read its WAL.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct WalFormat {
-    pub version: PgVersion,
-    pub segment_size: SegmentSize,
-    /// `system_identifier` of `pg_control`.
-    pub system_id: u64,
-}
-
-/// The one name of a place that has two.
-///
-/// A record that fills its page ends at the page's end. The next record's start, and with it the
-/// server's insert position (`GetXLogInsertRecPtr`), is the place behind the next page's header:
-/// 24 bytes further, or 40 at the start of a segment. This maps the latter to the former, and any
-/// other position to itself. Only for positions between records.
-pub fn canonical_end(lsn: Lsn, segment_size: SegmentSize) -> Lsn {
-    let header = match lsn.segment_offset(segment_size.bytes()) {
-        LONG_HEADER_SIZE => LONG_HEADER_SIZE,
-        offset if offset > PAGE_SIZE && offset % PAGE_SIZE == SHORT_HEADER_SIZE => {
-            SHORT_HEADER_SIZE
-        }
-        _ => 0,
-    };
-    Lsn(lsn.0 - u64::from(header))
-}
 
 /// Reads WAL in pieces of any size. See the head of this file.
 #[derive(Clone, Debug)]

@@ -20,8 +20,9 @@ use std::path::{Path, PathBuf};
 
 use safekeeper_protocol::Lsn;
 
-use crate::decoder::{WalDecoder, WalFormat};
+use crate::decoder::WalDecoder;
 use crate::error::WalError;
+use crate::format::WalFormat;
 use crate::history::TimelineHistory;
 use crate::record::Record;
 use crate::segment_name::{SegNo, SegmentSize, segment_file_name};

@@ -29,8 +29,8 @@ use std::str::FromStr;
 use safekeeper_protocol::Lsn;
 
 use crate::bytes::{u16_at, u32_at, u64_at};
-use crate::decoder::WalFormat;
 use crate::error::WalError;
+use crate::format::WalFormat;
 
 /// Bytes in a page of WAL (`XLOG_BLCKSZ`). Servers built with another size are not supported.
 pub const PAGE_SIZE: u32 = 8192;
