@@ -597,6 +597,7 @@ impl Acceptor {
         AcceptorAction::Send(AcceptorMessage::AppendResponse(AppendResponse {
             configuration_version: self.state.configuration.version,
             term: self.state.term,
+            write_lsn: if self.unflushed { self.flush_lsn } else { self.write_lsn },
             flush_lsn: self.flush_lsn,
             commit_lsn: self.commit_lsn,
             feedback: self.feedback,

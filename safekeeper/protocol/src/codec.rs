@@ -179,6 +179,7 @@ pub fn encode_acceptor_message(message: &AcceptorMessage, out: &mut Vec<u8>) {
             begin(out, TAG_APPEND_RESPONSE);
             put_version(out, response.configuration_version);
             put_u64(out, response.term.0);
+            put_u64(out, response.write_lsn.0);
             put_u64(out, response.flush_lsn.0);
             put_u64(out, response.commit_lsn.0);
             put_u64(out, response.feedback.apply_lsn.0);
@@ -268,6 +269,7 @@ pub fn decode_acceptor_message(bytes: &[u8]) -> Decoded<(AcceptorMessage, &[u8])
         TAG_APPEND_RESPONSE => AcceptorMessage::AppendResponse(AppendResponse {
             configuration_version: input.version()?,
             term: input.term()?,
+            write_lsn: input.lsn()?,
             flush_lsn: input.lsn()?,
             commit_lsn: input.lsn()?,
             feedback: StandbyFeedback {

@@ -8,6 +8,7 @@ extern crate std;
 mod acceptor;
 pub mod action;
 pub mod codec;
+mod election;
 mod lsn;
 mod message;
 
@@ -16,6 +17,7 @@ mod term;
 
 pub use acceptor::{Acceptor, AcceptorState, Refusal, Session};
 pub use action::{AcceptorAction, PeerIdx, ProposerAction};
+pub use election::{COMPARE_LEN_MAX, Claim, Divergence, LocalLog, Standing, Verdict, decide};
 pub use lsn::{InvalidLsn, Lsn};
 pub use message::*;
 pub use quorum::{

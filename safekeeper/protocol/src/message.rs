@@ -181,6 +181,8 @@ pub struct StandbyFeedback {
 pub struct AppendResponse {
     pub configuration_version: ConfigurationVersion,
     pub term: Term,
+    /// All bytes below are flushed. For flow control only: it may lie within a record.
+    pub write_lsn: Lsn,
     /// End of the last complete, checked record that is flushed.
     pub flush_lsn: Lsn,
     pub commit_lsn: Lsn,

@@ -236,7 +236,6 @@ pub fn majority(n: usize) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use alloc::vec;
 
     fn set(ids: &[u64]) -> Vec<Member> {
         ids.iter()
