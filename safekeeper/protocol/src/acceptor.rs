@@ -16,6 +16,7 @@
 //! sockets, the format of WAL. The host has decoded and checked a payload before it carries out
 //! the `Write`, and reports record ends, not byte counts, to [`Acceptor::on_flushed`].
 
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
 
@@ -74,12 +75,12 @@ pub enum Refusal {
     NotAMember {
         id: MemberId,
         incarnation: Incarnation,
-        configuration: Configuration,
+        configuration: Box<Configuration>,
     },
     /// The first configuration is being written by two proposers with different members.
     OtherConfiguration {
-        ours: Configuration,
-        theirs: Configuration,
+        ours: Box<Configuration>,
+        theirs: Box<Configuration>,
     },
     /// Elected whose start is not the last common point by our reckoning.
     OtherCommonPoint { ours: Lsn, theirs: Lsn },
@@ -266,7 +267,7 @@ impl Acceptor {
             (both_first || theirs.version == ours.version) && !ours.same_members(theirs);
         let begins_again = theirs.is_provisional() && !ours.is_none() && !ours.is_provisional();
         if configure.term >= self.state.term && (contradicts || begins_again) {
-            let (ours, theirs) = (ours.clone(), theirs.clone());
+            let (ours, theirs) = (Box::new(ours.clone()), Box::new(theirs.clone()));
             return Err(Refusal::OtherConfiguration { ours, theirs });
         }
         if configure.term >= self.state.term && theirs.version >= ours.version {
@@ -597,7 +598,11 @@ impl Acceptor {
         AcceptorAction::Send(AcceptorMessage::AppendResponse(AppendResponse {
             configuration_version: self.state.configuration.version,
             term: self.state.term,
-            write_lsn: if self.unflushed { self.flush_lsn } else { self.write_lsn },
+            write_lsn: if self.unflushed {
+                self.flush_lsn
+            } else {
+                self.write_lsn
+            },
             flush_lsn: self.flush_lsn,
             commit_lsn: self.commit_lsn,
             feedback: self.feedback,
@@ -608,7 +613,7 @@ impl Acceptor {
         Refusal::NotAMember {
             id: self.id,
             incarnation: self.incarnation,
-            configuration: configuration.clone(),
+            configuration: Box::new(configuration.clone()),
         }
     }
 

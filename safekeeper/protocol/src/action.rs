@@ -80,7 +80,7 @@ pub enum ProposerAction {
     /// Commits up to here are on a quorum: release them, and tell the members.
     Commit(Lsn),
     /// May not lead, or not yet; the reason is for the log and the view. Asked again by `on_tick`.
-    Wait(alloc::string::String),
+    Wait(crate::WaitReason),
     /// Another proposer holds a higher term. Final.
     Deposed { term: Term },
 }

@@ -60,7 +60,10 @@ pub enum Standing {
 pub enum Verdict {
     Lead(Claim),
     /// Append `missing` from the donor to the local log and fsync it; then the claim holds.
-    Complete { missing: (Lsn, Lsn), claim: Claim },
+    Complete {
+        missing: (Lsn, Lsn),
+        claim: Claim,
+    },
     Refuse(Divergence),
 }
 
@@ -105,7 +108,9 @@ impl fmt::Display for Divergence {
 
 /// Decide between the local log and the donor's. `segment_size` is in bytes.
 pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u32) -> Verdict {
-    let end_lsn = local.unled_from.map_or(local.end_lsn, |unled| unled.min(local.end_lsn));
+    let end_lsn = local
+        .unled_from
+        .map_or(local.end_lsn, |unled| unled.min(local.end_lsn));
     let ours = Log::new(&local.history, end_lsn);
     let common = common_end(&ours, donor);
     let claim = |history: &TermHistory, start_lsn| Claim {
@@ -117,7 +122,10 @@ pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u
     let donor_is_prefix = donor.end_lsn <= ours.end_lsn && donor.is_prefix_of(&ours);
     if donor.is_empty() && ours.is_empty() {
         // First use: the log begins with the segment that holds the local end.
-        return Verdict::Lead(claim(&ours.history, local.end_lsn.segment_start(segment_size)));
+        return Verdict::Lead(claim(
+            &ours.history,
+            local.end_lsn.segment_start(segment_size),
+        ));
     }
     let outranks = ours.rank() >= donor.rank();
     if outranks && (local.unled_from.is_none() || donor_is_prefix) {
@@ -136,7 +144,10 @@ pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u
             .all(|run| local.history.contains_term(run.term));
     if may_complete {
         let claim = claim(&donor.history, donor.end_lsn);
-        return Verdict::Complete { missing: (ours.end_lsn, donor.end_lsn), claim };
+        return Verdict::Complete {
+            missing: (ours.end_lsn, donor.end_lsn),
+            claim,
+        };
     }
     Verdict::Refuse(Divergence {
         local: Log::new(&local.history, local.end_lsn),
@@ -191,7 +202,10 @@ mod tests {
         match decide(local, standing, donor, SEGMENT) {
             Verdict::Lead(claim) => format!("lead {} after {}", claim.start_lsn.0, claim.history),
             Verdict::Complete { missing, claim } => {
-                format!("complete {}..{} after {}", missing.0.0, missing.1.0, claim.history)
+                format!(
+                    "complete {}..{} after {}",
+                    missing.0.0, missing.1.0, claim.history
+                )
             }
             Verdict::Refuse(_) => "refuse".into(),
         }
@@ -201,25 +215,133 @@ mod tests {
     fn every_row_of_the_rules() {
         use Standing::{BeforeRecovery as Before, Running};
         for (name, ours, our_end, standing, theirs, their_end, want) in [
-            ("first use", "", 3_000_000, Running, "", 0, "lead 2097152 after (none)"),
-            ("history written, nothing delivered", "1@10", 50, Running, "", 0, "lead 50 after 1@0/A"),
-            ("a: equal", "1@10", 50, Running, "1@10", 50, "lead 50 after 1@0/A"),
-            ("a: longer", "1@10", 60, Running, "1@10", 50, "lead 60 after 1@0/A"),
-            ("a: newer own term, shorter in bytes (S2)", "1@10 2@30", 30, Before, "1@10", 50,
-                "lead 30 after 1@0/A 2@0/1E"),
-            ("b: a promotion that was given up (L1)", "1@10", 60, Running, "1@10 2@50", 50,
-                "lead 50 after 1@0/A 2@0/32"),
-            ("b: two of them", "1@10", 50, Before, "1@10 2@50 3@50", 50,
-                "lead 50 after 1@0/A 2@0/32 3@0/32"),
-            ("b: elected, no bytes, history lost", "", 50, Running, "1@10", 10, "lead 10 after 1@0/A"),
-            ("c: own tail lost", "1@10", 40, Before, "1@10", 50, "complete 40..50 after 1@0/A"),
-            ("c: own second term lost, history clipped (S3)", "1@10 2@45", 40, Before, "1@10 2@45", 50,
-                "complete 40..50 after 1@0/A 2@0/2D"),
-            ("d: quorum ahead of a running server", "1@10", 40, Running, "1@10", 50, "refuse"),
-            ("d: another's reign left WAL", "1@10", 40, Before, "1@10 2@45", 50, "refuse"),
+            (
+                "first use",
+                "",
+                3_000_000,
+                Running,
+                "",
+                0,
+                "lead 2097152 after (none)",
+            ),
+            (
+                "history written, nothing delivered",
+                "1@10",
+                50,
+                Running,
+                "",
+                0,
+                "lead 50 after 1@0/A",
+            ),
+            (
+                "a: equal",
+                "1@10",
+                50,
+                Running,
+                "1@10",
+                50,
+                "lead 50 after 1@0/A",
+            ),
+            (
+                "a: longer",
+                "1@10",
+                60,
+                Running,
+                "1@10",
+                50,
+                "lead 60 after 1@0/A",
+            ),
+            (
+                "a: newer own term, shorter in bytes (S2)",
+                "1@10 2@30",
+                30,
+                Before,
+                "1@10",
+                50,
+                "lead 30 after 1@0/A 2@0/1E",
+            ),
+            (
+                "b: a promotion that was given up (L1)",
+                "1@10",
+                60,
+                Running,
+                "1@10 2@50",
+                50,
+                "lead 50 after 1@0/A 2@0/32",
+            ),
+            (
+                "b: two of them",
+                "1@10",
+                50,
+                Before,
+                "1@10 2@50 3@50",
+                50,
+                "lead 50 after 1@0/A 2@0/32 3@0/32",
+            ),
+            (
+                "b: elected, no bytes, history lost",
+                "",
+                50,
+                Running,
+                "1@10",
+                10,
+                "lead 10 after 1@0/A",
+            ),
+            (
+                "c: own tail lost",
+                "1@10",
+                40,
+                Before,
+                "1@10",
+                50,
+                "complete 40..50 after 1@0/A",
+            ),
+            (
+                "c: own second term lost, history clipped (S3)",
+                "1@10 2@45",
+                40,
+                Before,
+                "1@10 2@45",
+                50,
+                "complete 40..50 after 1@0/A 2@0/2D",
+            ),
+            (
+                "d: quorum ahead of a running server",
+                "1@10",
+                40,
+                Running,
+                "1@10",
+                50,
+                "refuse",
+            ),
+            (
+                "d: another's reign left WAL",
+                "1@10",
+                40,
+                Before,
+                "1@10 2@45",
+                50,
+                "refuse",
+            ),
             ("d: diverged", "1@10", 60, Before, "1@10 2@45", 50, "refuse"),
-            ("d: no history, quorum has WAL", "", 60, Running, "1@10", 50, "refuse"),
-            ("d: other beginnings", "1@10", 60, Running, "2@20", 50, "refuse"),
+            (
+                "d: no history, quorum has WAL",
+                "",
+                60,
+                Running,
+                "1@10",
+                50,
+                "refuse",
+            ),
+            (
+                "d: other beginnings",
+                "1@10",
+                60,
+                Running,
+                "2@20",
+                50,
+                "refuse",
+            ),
         ] {
             let got = verdict(&local(ours, our_end), standing, &donor(theirs, their_end));
             assert_eq!(got, want, "{name}");
@@ -230,25 +352,75 @@ mod tests {
     fn unled_wal_confers_no_rank() {
         use Standing::{BeforeRecovery as Before, Running};
         for (name, our_end, unled, standing, theirs, their_end, want) in [
-            ("quorum ends below", 90, 50, Running, "1@10", 40, "lead 50 after 1@0/A"),
-            ("quorum ends just there", 90, 50, Running, "1@10", 50, "lead 50 after 1@0/A"),
+            (
+                "quorum ends below",
+                90,
+                50,
+                Running,
+                "1@10",
+                40,
+                "lead 50 after 1@0/A",
+            ),
+            (
+                "quorum ends just there",
+                90,
+                50,
+                Running,
+                "1@10",
+                50,
+                "lead 50 after 1@0/A",
+            ),
             ("quorum went on", 90, 50, Running, "1@10", 60, "refuse"),
-            ("quorum went on, before recovery", 90, 50, Before, "1@10", 60, "refuse"),
-            ("quorum had another reign", 90, 50, Running, "1@10 2@40", 45, "refuse"),
-            ("an empty one", 90, 50, Running, "1@10 2@40", 40, "lead 40 after 1@0/A 2@0/28"),
+            (
+                "quorum went on, before recovery",
+                90,
+                50,
+                Before,
+                "1@10",
+                60,
+                "refuse",
+            ),
+            (
+                "quorum had another reign",
+                90,
+                50,
+                Running,
+                "1@10 2@40",
+                45,
+                "refuse",
+            ),
+            (
+                "an empty one",
+                90,
+                50,
+                Running,
+                "1@10 2@40",
+                40,
+                "lead 40 after 1@0/A 2@0/28",
+            ),
         ] {
-            let ours = LocalLog { unled_from: Some(Lsn(unled)), ..local("1@10", our_end) };
-            assert_eq!(verdict(&ours, standing, &donor(theirs, their_end)), want, "{name}");
+            let ours = LocalLog {
+                unled_from: Some(Lsn(unled)),
+                ..local("1@10", our_end)
+            };
+            assert_eq!(
+                verdict(&ours, standing, &donor(theirs, their_end)),
+                want,
+                "{name}"
+            );
         }
     }
 
     #[test]
     fn compares_the_last_common_stretch_and_no_dead_tail() {
-        let compare = |ours: &str, our_end, theirs: &str, their_end| {
-            match decide(&local(ours, our_end), Standing::Running, &donor(theirs, their_end), SEGMENT) {
-                Verdict::Lead(claim) => claim.compare.map(|(begin, end)| (begin.0, end.0)),
-                other => panic!("{other:?}"),
-            }
+        let compare = |ours: &str, our_end, theirs: &str, their_end| match decide(
+            &local(ours, our_end),
+            Standing::Running,
+            &donor(theirs, their_end),
+            SEGMENT,
+        ) {
+            Verdict::Lead(claim) => claim.compare.map(|(begin, end)| (begin.0, end.0)),
+            other => panic!("{other:?}"),
         };
         assert_eq!(compare("1@10", 60, "1@10", 50), Some((10, 50)));
         // Beyond 30 the donor holds a dead run's bytes, which differ rightly.
