@@ -27,7 +27,8 @@
 //!
 //! * the page flag `REMOVABLE`, which nobody acts upon;
 //! * the timeline of a page when it grows, unless [`WalDecoder::expect_timelines`] was called;
-//! * the rest of a record that began before the start, skipped by its length.
+//! * the rest of a record that began before the start, skipped by its length;
+//! * what there is of a record lost in a crash, which no reader will ever see.
 //!
 //! A single flipped bit elsewhere is an error, or leaves a record incomplete that would have been
 //! whole (a length made longer), so [`WalDecoder::record_end`] never passes it.
@@ -143,7 +144,7 @@ impl WalDecoder {
     ///
     /// A `start` that can't be any of these is reported by the first call of `feed`.
     pub fn new(format: WalFormat, start: Lsn) -> WalDecoder {
-        let at_page_start = start.0 % u64::from(PAGE_SIZE) == 0;
+        let at_page_start = start.segment_offset(PAGE_SIZE) == 0;
         let inside = if at_page_start {
             Inside::Unknown
         } else {
