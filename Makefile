@@ -1,0 +1,26 @@
+# The verbs. Each is a script that can be read and run by itself.
+
+PREFIX ?= /usr/local
+PG_CONFIG ?= /usr/lib/postgresql/15/bin/pg_config
+export PG_CONFIG
+
+.PHONY: help demo demo-stop test check install
+.DEFAULT_GOAL := help
+
+help: ## what can be made
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: ## three safekeepers, a primary, a standby, pgbench; from nothing
+	@scripts/demo
+
+demo-stop: ## stop what `make demo` started, remove its data
+	@scripts/demo-stop
+
+test: ## everything: lints, unit tests, tests on real clusters
+	@scripts/test
+
+check: ## formatting and lints only
+	@scripts/install-deps && scripts/check
+
+install: ## daemon to PREFIX/bin, extension into the Postgres of PG_CONFIG
+	@scripts/install-deps && scripts/install "$(PREFIX)"
