@@ -1,0 +1,166 @@
+//! Tests on real Postgres and real safekeepers: what a test can say.
+//!
+//! ```text
+//!   Cluster ── Postgres      initdb, start, stop, kill -9, SQL, pgbench
+//!      │  └─── Safekeeper ×3 init, run, kill -9, status
+//!      │            ▲
+//!      │          Link       delays, cuts, heals
+//!      └────── TestDir       removed, or kept with its logs when the test fails
+//! ```
+//!
+//! A test's first lines tell its story. It waits for conditions, never for a time ([`poll`]), looks at the
+//! cluster as an operator does (SQL, the daemon's status, files), and leaves no process behind.
+//! The programs under test are named by `SAFEKEEPER_BIN` and `PG_BINDIR`; `scripts/cluster-tests`
+//! builds them and sets both.
+
+pub mod ledger;
+pub mod link;
+pub mod place;
+pub mod poll;
+pub mod postgres;
+pub mod process;
+pub mod safekeeper;
+pub mod wal_compare;
+
+use std::time::Duration;
+
+use safekeeper_protocol::Lsn;
+
+use crate::place::TestDir;
+use crate::poll::{SOON, wait_until};
+use crate::postgres::Postgres;
+use crate::safekeeper::Safekeeper;
+
+/// Three safekeepers and a primary that commits on them.
+///
+/// Fields are dropped in this order: the processes end before their files go.
+pub struct Cluster {
+    pub primary: Postgres,
+    pub safekeepers: Vec<Safekeeper>,
+    pub system_id: u64,
+    pub dir: TestDir,
+}
+
+impl Cluster {
+    /// All up, the extension created, the worker elected.
+    pub fn start() -> Cluster {
+        Cluster::start_with("", &[])
+    }
+
+    /// The same with more lines of postgresql.conf and more arguments of initdb.
+    pub fn start_with(settings: &str, initdb: &[&str]) -> Cluster {
+        let mut cluster = Cluster::prepare(initdb);
+        cluster.primary.configure(settings);
+        cluster.start_all();
+        cluster
+    }
+
+    /// Safekeepers and primary initialised and configured, none started.
+    pub fn prepare(initdb: &[&str]) -> Cluster {
+        let dir = TestDir::new();
+        let safekeepers: Vec<_> = (1..=3).map(|id| Safekeeper::init(&dir, id)).collect();
+        let primary = Postgres::init(&dir, "primary", initdb);
+        primary.configure("shared_preload_libraries = 'walproposer'");
+        let addresses: Vec<_> = safekeepers
+            .iter()
+            .map(|s| s.address().to_string())
+            .collect();
+        primary.configure(&safekeepers_setting(&addresses));
+        // The death of a peer is noticed sooner than an operator would want; tests have less time.
+        primary.configure("walproposer.member_timeout = '5s'");
+        let system_id = system_id(&primary);
+        Cluster {
+            primary,
+            safekeepers,
+            system_id,
+            dir,
+        }
+    }
+
+    /// Starts what was prepared, and waits until all members follow.
+    #[track_caller]
+    pub fn start_all(&mut self) {
+        self.safekeepers.iter_mut().for_each(Safekeeper::start);
+        self.primary.start();
+        self.primary.sql("create extension walproposer");
+        self.wait_streaming(3);
+    }
+
+    /// Waits until that many members are active in the view.
+    #[track_caller]
+    pub fn wait_streaming(&self, members: usize) {
+        let what = format!("{members} members active");
+        wait_until(&what, SOON, || self.members_active() == Some(members));
+    }
+
+    /// What the view says of it; `None` while it can't be asked, or there is no reign.
+    pub fn members_active(&self) -> Option<usize> {
+        let rows = self
+            .primary
+            .try_sql("select members_active from pg_stat_walproposer");
+        rows.ok()?.first()?.first()?.as_deref()?.parse().ok()
+    }
+
+    /// Waits until every running safekeeper has all that the primary flushed, and knows that it
+    /// is committed. Returns that position.
+    #[track_caller]
+    pub fn wait_all_caught_up(&self, limit: Duration) -> Lsn {
+        let lsn = self.primary.flush_lsn();
+        for safekeeper in self.safekeepers.iter().filter(|s| s.runs()) {
+            wait_until(
+                &format!("safekeeper {} has {lsn} committed", safekeeper.id),
+                limit,
+                || safekeeper.lsn(self.system_id, "commit_lsn") >= lsn,
+            );
+        }
+        lsn
+    }
+
+    /// Inserts a row by a connection of its own, in the background: it may take for ever.
+    pub fn commit_in_background(&self, statement: &str) -> BackgroundCommit {
+        BackgroundCommit::start(self.primary.config(), statement.to_owned())
+    }
+}
+
+/// A statement under way on a connection of its own.
+pub struct BackgroundCommit {
+    thread: std::thread::JoinHandle<Result<(), ::postgres::Error>>,
+}
+
+impl BackgroundCommit {
+    fn start(config: ::postgres::Config, statement: String) -> BackgroundCommit {
+        let thread = std::thread::spawn(move || {
+            config.connect(::postgres::NoTls)?.batch_execute(&statement)
+        });
+        BackgroundCommit { thread }
+    }
+
+    /// Whether an answer came, a good or a bad one.
+    pub fn answered(&self) -> bool {
+        self.thread.is_finished()
+    }
+
+    /// Waits for the answer.
+    #[track_caller]
+    pub fn wait(self, limit: Duration) -> Result<(), ::postgres::Error> {
+        wait_until("the commit is answered", limit, || self.answered());
+        self.thread.join().expect("the thread does not panic")
+    }
+}
+
+/// The line of postgresql.conf.
+pub fn safekeepers_setting(addresses: &[String]) -> String {
+    format!("walproposer.safekeepers = '{}'", addresses.join(","))
+}
+
+/// From pg_controldata, so that the server need not run.
+fn system_id(postgres: &Postgres) -> u64 {
+    let mut command = postgres.program("pg_controldata");
+    command.arg(postgres.data()).env("LC_ALL", "C");
+    let output = process::run_ok(command);
+    let line = output
+        .lines()
+        .find_map(|l| l.strip_prefix("Database system identifier:"));
+    let id = line.and_then(|rest| rest.trim().parse().ok());
+    id.unwrap_or_else(|| panic!("no system identifier in:\n{output}"))
+}

@@ -1,0 +1,365 @@
+//! One Postgres: a data directory, and the server that runs on it now and then.
+//!
+//! It listens on a Unix socket only, in a directory of its own, so every one has port 5432. The
+//! server is our own child, started without pg_ctl: its end can be waited for, and "kill -9" means
+//! the whole tree, as when a host loses its power.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use postgres::{Client, NoTls, SimpleQueryMessage};
+use safekeeper_protocol::Lsn;
+
+use crate::place::{Programs, TestDir, copy_tree, give_to_server_user};
+use crate::poll::{SOON, wait_for};
+use crate::process::{Process, run_ok};
+
+/// A data directory with its server, if that runs. See the head of this file.
+pub struct Postgres {
+    name: String,
+    data: PathBuf,
+    sockets: PathBuf,
+    log: PathBuf,
+    process: Option<Process>,
+    /// Length of the log when the server was last started.
+    log_before: usize,
+}
+
+/// How to stop a server, as `pg_ctl stop -m` says it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stop {
+    Fast,
+    Immediate,
+}
+
+impl Postgres {
+    /// `initdb`, with more arguments if need be, and the settings that every test wants.
+    pub fn init(dir: &TestDir, name: &str, initdb: &[&str]) -> Postgres {
+        let postgres = Postgres::at(dir, name);
+        let mut command = Command::new(Programs::postgres("initdb"));
+        command.arg("--pgdata").arg(&postgres.data);
+        command.args([
+            "--auth=trust",
+            "--username=postgres",
+            "--no-sync",
+            "--encoding=UTF8",
+        ]);
+        run_ok({
+            command.args(["--locale=C"]).args(initdb);
+            command
+        });
+        postgres.configure(BASE_SETTINGS);
+        postgres.configure(&format!(
+            "unix_socket_directories = '{}'",
+            postgres.sockets.display()
+        ));
+        postgres
+    }
+
+    /// A copy of another one's files as they are now. The other should stand still.
+    pub fn copy_of(other: &Postgres, dir: &TestDir, name: &str) -> Postgres {
+        let copy = Postgres::at(dir, name);
+        copy_tree(&other.data, &copy.data);
+        // Else it takes the other one for a server that runs on these files.
+        let _ = fs::remove_file(copy.data.join("postmaster.pid"));
+        copy.configure(&format!(
+            "unix_socket_directories = '{}'",
+            copy.sockets.display()
+        ));
+        copy
+    }
+
+    /// `pg_basebackup` from a running server, without WAL: where that comes from is to be set.
+    pub fn base_backup_of(other: &Postgres, dir: &TestDir, name: &str) -> Postgres {
+        let backup = Postgres::at(dir, name);
+        let mut command = other.program("pg_basebackup");
+        command.arg("--pgdata").arg(&backup.data);
+        command.args(["--wal-method=none", "--checkpoint=fast", "--no-sync"]);
+        run_ok(command);
+        backup.configure(&format!(
+            "unix_socket_directories = '{}'",
+            backup.sockets.display()
+        ));
+        backup
+    }
+
+    fn at(dir: &TestDir, name: &str) -> Postgres {
+        Postgres {
+            name: name.to_owned(),
+            data: dir.path().join(name),
+            sockets: dir.create(&format!("{name}.s")),
+            log: dir.path().join(format!("{name}.log")),
+            process: None,
+            log_before: 0,
+        }
+    }
+
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    pub fn wal_dir(&self) -> PathBuf {
+        self.data.join("pg_wal")
+    }
+
+    /// What `host` is in a connection string.
+    pub fn socket_dir(&self) -> &Path {
+        &self.sockets
+    }
+
+    /// Adds lines to postgresql.conf; a later line for the same name wins. In effect from the
+    /// next start or reload.
+    pub fn configure(&self, lines: &str) {
+        let path = self.data.join("postgresql.conf");
+        let mut text = fs::read_to_string(&path).expect("a data directory has a configuration");
+        writeln!(text, "{lines}").expect("a string takes all");
+        fs::write(&path, text).expect("could not write a configuration");
+    }
+
+    /// Creates an empty file in the data directory, such as standby.signal.
+    pub fn touch(&self, name: &str) {
+        let path = self.data.join(name);
+        fs::write(&path, "").expect("could not write into the data directory");
+        give_to_server_user(&path);
+    }
+
+    /// Starts the server and waits until it answers.
+    #[track_caller]
+    pub fn start(&mut self) {
+        self.start_without_waiting();
+        let name = self.name.clone();
+        wait_for(&format!("{name} answers"), SOON, || {
+            let process = self.process.as_mut().expect("it was just started");
+            if let Some(status) = process.ended() {
+                panic!("{name} did not start: {status}\n{}", self.log_since_start());
+            }
+            self.try_client().ok()
+        });
+    }
+
+    pub fn start_without_waiting(&mut self) {
+        assert!(self.process.is_none(), "{} runs already", self.name);
+        // They carry the process id of a dead server, which another process may have by now.
+        for file in fs::read_dir(&self.sockets)
+            .expect("our own directory")
+            .flatten()
+        {
+            let _ = fs::remove_file(file.path());
+        }
+        self.log_before = self.log().len();
+        let mut command = Command::new(Programs::postgres("postgres"));
+        command.arg("-D").arg(&self.data);
+        self.process = Some(Process::start(&self.name, command, &self.log));
+    }
+
+    /// Starts a server that must refuse to, and returns what it says.
+    #[track_caller]
+    pub fn start_refused(&mut self) -> String {
+        self.start_without_waiting();
+        let mut process = self.process.take().expect("it was just started");
+        let status = process.wait(SOON);
+        let log = self.log_since_start();
+        assert!(
+            !status.success(),
+            "{} ended without an error:\n{log}",
+            self.name
+        );
+        log
+    }
+
+    #[track_caller]
+    pub fn stop(&mut self, how: Stop) {
+        let mut process = self
+            .process
+            .take()
+            .expect("only a running server can be stopped");
+        process.signal(match how {
+            Stop::Fast => libc::SIGINT,
+            Stop::Immediate => libc::SIGQUIT,
+        });
+        process.wait(SOON);
+    }
+
+    pub fn kill9(&mut self) {
+        self.process
+            .take()
+            .expect("only a running server can be killed")
+            .kill9();
+    }
+
+    /// The running server.
+    pub fn process(&self) -> &Process {
+        self.process.as_ref().expect("the server does not run")
+    }
+
+    /// How the server ended, or `None` while it runs.
+    pub fn ended(&mut self) -> bool {
+        self.process
+            .as_mut()
+            .is_none_or(|process| process.ended().is_some())
+    }
+
+    pub fn reload(&self) {
+        self.process().signal(libc::SIGHUP);
+    }
+
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    pub fn log_since_start(&self) -> String {
+        let log = self.log();
+        log.get(self.log_before..).unwrap_or(&log).to_owned()
+    }
+
+    /// How to connect, for threads of their own.
+    pub fn config(&self) -> postgres::Config {
+        let mut config = postgres::Config::new();
+        config
+            .host_path(&self.sockets)
+            .port(5432)
+            .user("postgres")
+            .dbname("postgres");
+        config.connect_timeout(SOON);
+        config
+    }
+
+    pub fn try_client(&self) -> Result<Client, postgres::Error> {
+        self.config().connect(NoTls)
+    }
+
+    #[track_caller]
+    pub fn client(&self) -> Client {
+        self.try_client()
+            .unwrap_or_else(|e| panic!("could not connect to {}: {}", self.name, describe(&e)))
+    }
+
+    /// Runs statements, returns the rows of the last one that returned any, all values as text.
+    #[track_caller]
+    pub fn sql(&self, statements: &str) -> Vec<Row> {
+        match self.try_sql(statements) {
+            Ok(rows) => rows,
+            Err(error) => panic!("{}: {statements}: {}", self.name, describe(&error)),
+        }
+    }
+
+    pub fn try_sql(&self, statements: &str) -> Result<Vec<Row>, postgres::Error> {
+        text_rows(&mut self.try_client()?, statements)
+    }
+
+    /// The only value of the only row; NULL is the empty string.
+    #[track_caller]
+    pub fn value(&self, query: &str) -> String {
+        let rows = self.sql(query);
+        assert!(
+            rows.len() == 1 && rows[0].len() == 1,
+            "not one value: {query}: {rows:?}"
+        );
+        rows.into_iter()
+            .flatten()
+            .next()
+            .flatten()
+            .unwrap_or_default()
+    }
+
+    #[track_caller]
+    pub fn lsn(&self, query: &str) -> Lsn {
+        let text = self.value(query);
+        text.parse()
+            .unwrap_or_else(|_| panic!("not an LSN: {text:?} from {query}"))
+    }
+
+    /// End of the WAL this server flushed.
+    #[track_caller]
+    pub fn flush_lsn(&self) -> Lsn {
+        self.lsn("select pg_current_wal_flush_lsn()")
+    }
+
+    /// One of Postgres's programs, told where this server is.
+    pub fn program(&self, name: &str) -> Command {
+        let mut command = Command::new(Programs::postgres(name));
+        command.env("PGHOST", &self.sockets).env("PGPORT", "5432");
+        command
+            .env("PGUSER", "postgres")
+            .env("PGDATABASE", "postgres");
+        command
+    }
+
+    /// Creates pgbench's tables.
+    #[track_caller]
+    pub fn pgbench_init(&self, scale: u32) {
+        let mut command = self.program("pgbench");
+        command.args(["--initialize", "--quiet", "--scale", &scale.to_string()]);
+        run_ok(command);
+    }
+
+    /// Runs pgbench, returns transactions per second.
+    #[track_caller]
+    pub fn pgbench(&self, clients: u32, time: Duration) -> f64 {
+        let output = run_ok(self.pgbench_command(clients, time));
+        let tps = output.lines().find_map(|line| line.strip_prefix("tps = "));
+        let tps = tps.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+        tps.unwrap_or_else(|| panic!("no tps in pgbench's output:\n{output}"))
+    }
+
+    /// The command for it, for those who want to start it and do other things meanwhile.
+    pub fn pgbench_command(&self, clients: u32, time: Duration) -> Command {
+        let mut command = self.program("pgbench");
+        command.args(["--no-vacuum", "--client", &clients.to_string()]);
+        command.args(["--jobs", "2", "--time", &time.as_secs().to_string()]);
+        command
+    }
+
+    /// The background worker of the extension, if it runs.
+    pub fn worker(&self) -> Option<u32> {
+        self.process()
+            .children_named("walproposer")
+            .first()
+            .copied()
+    }
+}
+
+/// A row of text values, `None` for NULL.
+pub type Row = Vec<Option<String>>;
+
+/// Runs statements on a connection of the caller's. See [`Postgres::sql`].
+pub fn text_rows(client: &mut Client, statements: &str) -> Result<Vec<Row>, postgres::Error> {
+    let mut rows = Vec::new();
+    for message in client.simple_query(statements)? {
+        match message {
+            SimpleQueryMessage::RowDescription(_) => rows.clear(),
+            SimpleQueryMessage::Row(row) => {
+                rows.push(
+                    (0..row.len())
+                        .map(|i| row.get(i).map(str::to_owned))
+                        .collect(),
+                );
+            }
+            _ => {}
+        }
+    }
+    Ok(rows)
+}
+
+/// The library's own text is "db error" for whatever the server said.
+pub fn describe(error: &postgres::Error) -> String {
+    match error.as_db_error() {
+        Some(db) => format!("{}: {} ({})", db.severity(), db.message(), db.code().code()),
+        None => format!("{error:?}"),
+    }
+}
+
+/// Small, so that many servers fit on one machine; nothing that weakens durability.
+const BASE_SETTINGS: &str = "
+listen_addresses = ''
+port = 5432
+max_connections = 50
+shared_buffers = 64MB
+max_wal_senders = 10
+wal_keep_size = 0
+log_line_prefix = '%m [%p] %b '
+log_min_messages = log
+";

@@ -1,0 +1,131 @@
+//! Whether two directories hold the same WAL, and whether Postgres's own tools can read it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use safekeeper_protocol::Lsn;
+use safekeeper_wal::end_of_log::SegmentFiles;
+use safekeeper_wal::history::TimelineHistory;
+use safekeeper_wal::segment_name::{SegmentSize, parse_segment_file_name};
+
+use crate::place::Programs;
+use crate::process::run;
+
+/// A directory of segment files: a server's pg_wal, or a safekeeper's.
+pub struct WalDir {
+    path: PathBuf,
+    history: TimelineHistory,
+    segment_size: SegmentSize,
+}
+
+impl WalDir {
+    /// On timeline 1, in segments of 16 MB, as initdb makes it.
+    pub fn new(path: PathBuf) -> WalDir {
+        let segment_size = SegmentSize::new(16 << 20).expect("a legal size");
+        WalDir::with_format(path, TimelineHistory::root(1), segment_size)
+    }
+
+    pub fn with_format(
+        path: PathBuf,
+        history: TimelineHistory,
+        segment_size: SegmentSize,
+    ) -> WalDir {
+        WalDir {
+            path,
+            history,
+            segment_size,
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Start of the oldest segment.
+    pub fn begin(&self) -> Lsn {
+        let segments = self.segments();
+        let segno = segments
+            .first()
+            .unwrap_or_else(|| panic!("no WAL in {}", self.path.display()));
+        Lsn(segno * u64::from(self.segment_size.bytes()))
+    }
+
+    /// Numbers of the segments there are, in order.
+    pub fn segments(&self) -> Vec<u64> {
+        let entries = std::fs::read_dir(&self.path);
+        let entries =
+            entries.unwrap_or_else(|e| panic!("could not read {}: {e}", self.path.display()));
+        let mut numbers: Vec<_> = entries
+            .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+            .filter_map(|name| parse_segment_file_name(&name, self.segment_size))
+            .map(|(_, segno)| segno)
+            .collect();
+        numbers.sort_unstable();
+        numbers.dedup();
+        numbers
+    }
+
+    /// The bytes of a range; panics if they aren't there.
+    #[track_caller]
+    pub fn read(&self, begin: Lsn, end: Lsn) -> Vec<u8> {
+        let mut bytes = vec![0; (end - begin) as usize];
+        self.read_into(&mut self.files(), begin, &mut bytes);
+        bytes
+    }
+
+    fn files(&self) -> SegmentFiles {
+        SegmentFiles::new(&self.path, self.history.clone(), self.segment_size)
+    }
+
+    #[track_caller]
+    fn read_into(&self, files: &mut SegmentFiles, begin: Lsn, bytes: &mut [u8]) {
+        let mut done = 0;
+        while done < bytes.len() {
+            let lsn = begin + done as u64;
+            match files.read(lsn, &mut bytes[done..]) {
+                Ok(0) => panic!("no WAL at {lsn} in {}", self.path.display()),
+                Ok(len) => done += len,
+                Err(error) => panic!("could not read {lsn} in {}: {error}", self.path.display()),
+            }
+        }
+    }
+
+    /// Panics at the first byte that differs from the other's.
+    #[track_caller]
+    pub fn assert_equal(&self, other: &WalDir, begin: Lsn, end: Lsn) {
+        assert!(begin < end, "nothing to compare between {begin} and {end}");
+        let (mut ours, mut theirs) = (self.files(), other.files());
+        let (mut a, mut b) = (vec![0; CHUNK], vec![0; CHUNK]);
+        let mut lsn = begin;
+        while lsn < end {
+            let len = CHUNK.min((end - lsn) as usize);
+            self.read_into(&mut ours, lsn, &mut a[..len]);
+            other.read_into(&mut theirs, lsn, &mut b[..len]);
+            if let Some(offset) = (0..len).find(|&i| a[i] != b[i]) {
+                panic!(
+                    "WAL differs at {}: {:#04x} in {}, {:#04x} in {}",
+                    lsn + offset as u64,
+                    a[offset],
+                    self.path.display(),
+                    b[offset],
+                    other.path.display(),
+                );
+            }
+            lsn = lsn + len as u64;
+        }
+    }
+
+    /// `pg_waldump` over a range: whether it reads it all, and what it says if not.
+    pub fn waldump(&self, begin: Lsn, end: Lsn) -> Result<(), String> {
+        let mut command = Command::new(Programs::postgres("pg_waldump"));
+        command.arg("--quiet").arg("--path").arg(&self.path);
+        command.args(["--timeline", &self.history.tli.to_string()]);
+        command.args(["--start", &begin.to_string(), "--end", &end.to_string()]);
+        match run(command) {
+            (true, _) => Ok(()),
+            (false, text) => Err(text),
+        }
+    }
+}
+
+const CHUNK: usize = 1 << 20;
