@@ -1,0 +1,4 @@
+pub mod control_file;
+pub mod disk;
+pub mod identity;
+pub mod watch;
