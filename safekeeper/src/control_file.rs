@@ -198,7 +198,7 @@ pub fn read_state(disk: &dyn Disk, system_id: u64) -> Result<AcceptorState, Cont
 
 fn write_whole(file: &dyn DiskFile, bytes: &[u8]) -> Result<(), StorageError> {
     file.write_at(bytes, 0)?;
-    if file.len()? != bytes.len() as u64 {
+    if file.size()? != bytes.len() as u64 {
         file.set_len(bytes.len() as u64)?;
     }
     file.sync_all()

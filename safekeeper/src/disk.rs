@@ -104,7 +104,7 @@ pub trait DiskFile: Send + fmt::Debug {
     /// Makes contents and length durable.
     fn sync_all(&self) -> Result<()>;
     /// Length in bytes.
-    fn len(&self) -> Result<u64>;
+    fn size(&self) -> Result<u64>;
     /// Cuts the file, or lengthens it by a hole.
     fn set_len(&self, len: u64) -> Result<()>;
     fn file_id(&self) -> Result<FileId>;
@@ -294,7 +294,7 @@ impl DiskFile for RealFile {
         self.file.sync_all().map_err(failed("sync", &self.path))
     }
 
-    fn len(&self) -> Result<u64> {
+    fn size(&self) -> Result<u64> {
         let metadata = self.file.metadata().map_err(failed("stat", &self.path))?;
         Ok(metadata.len())
     }
@@ -350,7 +350,7 @@ mod tests {
         assert_eq!(file.read_at(&mut buffer, 1).unwrap(), 7);
         assert_eq!(&buffer, b"\0abcdef\x09");
         assert_eq!(file.read_at(&mut buffer, 8).unwrap(), 0);
-        assert_eq!(file.len().unwrap(), 8);
+        assert_eq!(file.size().unwrap(), 8);
     }
 
     #[test]
