@@ -240,3 +240,122 @@ impl LongHeader {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::segment_name::SegmentSize;
+
+    const FORMAT: WalFormat = WalFormat {
+        version: PgVersion::V17,
+        segment_size: SegmentSize::DEFAULT,
+        system_id: 0x0102_0304_0506_0708,
+    };
+
+    /// A segment's first page that goes on with 1000 bytes of a record.
+    const LONG: [u8; 40] = [
+        0x16, 0xD1, 0x03, 0, 9, 0, 0, 0, 0, 0, 0, 3, 1, 0, 0, 0, 0xE8, 3, 0, 0, 0, 0, 0, 0, 8, 7,
+        6, 5, 4, 3, 2, 1, 0, 0, 0, 1, 0, 0x20, 0, 0,
+    ];
+    const LONG_LSN: Lsn = Lsn(0x1_0300_0000);
+
+    #[test]
+    fn versions_are_told_by_number_magic_and_text() {
+        for (version, num, magic, text) in [
+            (PgVersion::V15, 150_018, 0xD110, "15"),
+            (PgVersion::V16, 160_000, 0xD113, "16"),
+            (PgVersion::V17, 170_011, 0xD116, "17"),
+            (PgVersion::V18, 180_006, 0xD118, "18"),
+        ] {
+            assert_eq!(PgVersion::from_version_num(num), Some(version));
+            assert_eq!(PgVersion::from_page_magic(magic), Some(version));
+            assert_eq!(text.parse(), Ok(version));
+            assert_eq!(version.to_string(), text);
+        }
+        assert_eq!(PgVersion::from_version_num(140_009), None);
+        assert_eq!(PgVersion::from_page_magic(0xD111), None);
+        assert_eq!("015".parse::<PgVersion>(), Err(UnsupportedVersion));
+    }
+
+    #[test]
+    fn a_long_header_has_its_fields_where_postgres_puts_them() {
+        let header = PageHeader::decode(&LONG, LONG_LSN, &FORMAT);
+        let info = FLAG_CONTRECORD | FLAG_LONG_HEADER;
+        assert_eq!(
+            header,
+            Ok(PageHeader {
+                info,
+                tli: 9,
+                rem_len: 1000
+            })
+        );
+    }
+
+    #[test]
+    fn each_field_is_compared_with_what_it_must_be() {
+        let page_lsn = LONG_LSN;
+        let field = |name, found| WalError::PageField {
+            page_lsn,
+            name,
+            found,
+        };
+        for (at, byte, error) in [
+            (
+                0,
+                0x13,
+                WalError::PageMagic {
+                    page_lsn,
+                    found: 0xD113,
+                    expected: 0xD116,
+                },
+            ),
+            (2, 0x01, field("info", 0x01)),
+            (2, 0x0B, field("info", 0x0B)),
+            (2, 0x13, field("info", 0x13)),
+            (2, 0x02, field("rem_len", 1000)),
+            (4, 0, field("tli", 0)),
+            (
+                12,
+                0,
+                WalError::PageAddress {
+                    page_lsn,
+                    found: Lsn(0x300_0000),
+                },
+            ),
+            (20, 1, field("padding", 1)),
+            (
+                31,
+                0,
+                WalError::SystemId {
+                    page_lsn,
+                    found: 0x0002_0304_0506_0708,
+                    expected: FORMAT.system_id,
+                },
+            ),
+            (35, 2, field("segment size", 32 << 20)),
+            (37, 0x40, field("page size", 16384)),
+        ] {
+            let mut bytes = LONG;
+            bytes[at] = byte;
+            assert_eq!(PageHeader::decode(&bytes, page_lsn, &FORMAT), Err(error));
+        }
+    }
+
+    #[test]
+    fn a_long_header_inside_a_segment_is_refused() {
+        let mut bytes = LONG;
+        bytes[9] = 0x20;
+        let page_lsn = LONG_LSN + 0x2000;
+        let expected = WalError::PageField {
+            page_lsn,
+            name: "info",
+            found: 3,
+        };
+        assert_eq!(
+            PageHeader::decode(&bytes[..24], page_lsn, &FORMAT),
+            Err(expected)
+        );
+        bytes[2] = 1;
+        assert!(PageHeader::decode(&bytes[..24], page_lsn, &FORMAT).is_ok());
+    }
+}

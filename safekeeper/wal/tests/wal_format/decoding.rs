@@ -19,7 +19,7 @@ fn decoded(format: WalFormat, start: Lsn, bytes: &[u8]) -> WalDecoder {
 fn every_chunking_gives_the_same_records() {
     let format = format(1);
     for (seed, start) in [(1, Lsn(MB)), (2, Lsn(5 * MB + 8192)), (3, Lsn(5 * MB - 8))] {
-        let log = mixed_log(format, start, seed, 60);
+        let log = mixed_log(format, start, seed, 30);
         let mut random = Random(seed);
         let mut cuts: Vec<Box<dyn FnMut() -> usize>> = vec![
             Box::new(|| usize::MAX),
@@ -62,7 +62,7 @@ fn a_log_that_stops_anywhere_ends_with_its_last_whole_record() {
 #[test]
 fn decoding_can_go_on_from_every_record_end() {
     let format = format(1);
-    let log = mixed_log(format, Lsn(2 * MB), 5, 80);
+    let log = mixed_log(format, Lsn(2 * MB), 5, 30);
     for (i, record) in log.records.iter().enumerate() {
         let rest = log.wal.bytes_from(record.end_lsn);
         for decoder in [
