@@ -22,6 +22,7 @@ pub mod process;
 pub mod safekeeper;
 pub mod wal_compare;
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use safekeeper_protocol::Lsn;
@@ -30,6 +31,7 @@ use crate::place::TestDir;
 use crate::poll::{SOON, wait_until};
 use crate::postgres::Postgres;
 use crate::safekeeper::Safekeeper;
+use crate::wal_compare::WalDir;
 
 /// Three safekeepers and a primary that commits on them.
 ///
@@ -61,11 +63,8 @@ impl Cluster {
         let safekeepers: Vec<_> = (1..=3).map(|id| Safekeeper::init(&dir, id)).collect();
         let primary = Postgres::init(&dir, "primary", initdb);
         primary.configure("shared_preload_libraries = 'walproposer'");
-        let addresses: Vec<_> = safekeepers
-            .iter()
-            .map(|s| s.address().to_string())
-            .collect();
-        primary.configure(&safekeepers_setting(&addresses));
+        let addresses = safekeepers.iter().map(Safekeeper::address);
+        primary.configure(&safekeepers_setting(addresses));
         // The death of a peer is noticed sooner than an operator would want; tests have less time.
         primary.configure("walproposer.member_timeout = '5s'");
         let system_id = system_id(&primary);
@@ -116,6 +115,32 @@ impl Cluster {
         lsn
     }
 
+    /// The WAL of the primary and of a safekeeper.
+    pub fn wal_dirs(&self, safekeeper: &Safekeeper) -> (WalDir, WalDir) {
+        let theirs = WalDir::new(safekeeper.wal_dir(self.system_id));
+        (WalDir::new(self.primary.wal_dir()), theirs)
+    }
+
+    /// Panics unless every running safekeeper holds the same bytes as pg_wal, from where both
+    /// begin up to `end`, and passes `verify`.
+    #[track_caller]
+    pub fn assert_wal_equal(&self, end: Lsn) {
+        for safekeeper in self.safekeepers.iter().filter(|s| s.runs()) {
+            let (ours, theirs) = self.wal_dirs(safekeeper);
+            ours.assert_equal(&theirs, ours.begin().max(theirs.begin()), end);
+            let (ok, report) = safekeeper.verify();
+            assert!(ok, "verify of safekeeper {}:\n{report}", safekeeper.id);
+        }
+    }
+
+    /// One column of one member's row in `pg_stat_safekeeper`.
+    #[track_caller]
+    pub fn member(&self, id: u64, column: &str) -> String {
+        self.primary.value(&format!(
+            "select {column} from pg_stat_safekeeper where id = {id}"
+        ))
+    }
+
     /// Inserts a row by a connection of its own, in the background: it may take for ever.
     pub fn commit_in_background(&self, statement: &str) -> BackgroundCommit {
         BackgroundCommit::start(self.primary.config(), statement.to_owned())
@@ -149,7 +174,8 @@ impl BackgroundCommit {
 }
 
 /// The line of postgresql.conf.
-pub fn safekeepers_setting(addresses: &[String]) -> String {
+pub fn safekeepers_setting(addresses: impl IntoIterator<Item = SocketAddr>) -> String {
+    let addresses: Vec<_> = addresses.into_iter().map(|a| a.to_string()).collect();
     format!("walproposer.safekeepers = '{}'", addresses.join(","))
 }
 

@@ -7,7 +7,8 @@
 //!
 //! A cut direction delivers nothing and says nothing, as a real network that drops packets; what
 //! was sent meanwhile comes when it heals, as TCP sends it again. [`Link::break_connections`] is
-//! the other kind of failure, which both ends see.
+//! the other kind of failure, which both ends see. [`Link::flip_bit`] is the third: a network card
+//! or a switch that damages what TCP's weak checksum lets through.
 //!
 //! A thread ends when its socket does; dropping the link closes them all.
 
@@ -44,6 +45,8 @@ struct State {
     delay: Duration,
     cut_to_target: bool,
     cut_from_target: bool,
+    /// The next piece to the target that is at least so long is damaged, if any.
+    flip_bit_in: Option<usize>,
     closed: bool,
     connections: Vec<TcpStream>,
 }
@@ -98,6 +101,16 @@ impl Link {
         self.change(close_connections);
     }
 
+    /// Flips one bit in the middle of the next piece of at least `len` bytes to the target.
+    pub fn flip_bit(&self, len: usize) {
+        self.change(|state| state.flip_bit_in = Some(len));
+    }
+
+    /// Whether the bit that was asked for has been flipped.
+    pub fn has_flipped(&self) -> bool {
+        self.shared.lock().flip_bit_in.is_none()
+    }
+
     fn change(&self, change: impl FnOnce(&mut State)) {
         change(&mut self.shared.lock());
         self.shared.changed.notify_all();
@@ -107,6 +120,14 @@ impl Link {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect("no holder of the lock panics")
+    }
+
+    fn damage(&self, piece: &mut [u8]) {
+        let mut state = self.lock();
+        if state.flip_bit_in.is_some_and(|len| piece.len() >= len) {
+            state.flip_bit_in = None;
+            piece[piece.len() / 2] ^= 0x10;
+        }
     }
 
     /// Waits while the direction is cut. False when the link is closed.
@@ -200,7 +221,10 @@ fn read_all(mut from: TcpStream, queue: &SyncSender<Piece>, shared: &Shared) {
 }
 
 fn write_all(mut to: TcpStream, queue: &Receiver<Piece>, direction: Direction, shared: &Shared) {
-    for (due, piece) in queue {
+    for (due, mut piece) in queue {
+        if direction == Direction::ToTarget {
+            shared.damage(&mut piece);
+        }
         let passes = shared.wait_due(due) && shared.wait_passable(direction);
         if !passes || piece.is_empty() || to.write_all(&piece).is_err() {
             break;
@@ -269,6 +293,23 @@ mod tests {
                 .unwrap();
             stream.read_exact(&mut [0]).unwrap();
         }
+    }
+
+    #[test]
+    fn one_bit_is_flipped_once() {
+        let link = Link::to(echo());
+        let mut stream = connect(&link);
+        link.flip_bit(3);
+        let mut answer = |sent: &[u8]| {
+            stream.write_all(sent).unwrap();
+            let mut bytes = vec![0; sent.len()];
+            stream.read_exact(&mut bytes).unwrap();
+            bytes
+        };
+        assert_eq!(answer(&[0; 2]), [0; 2]);
+        assert_eq!(answer(&[0; 4]), [0, 0, 0x10, 0]);
+        assert_eq!(answer(&[0; 4]), [0; 4]);
+        assert!(link.has_flipped());
     }
 
     #[test]

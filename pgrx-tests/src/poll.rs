@@ -36,5 +36,10 @@ pub fn never_within(what: &str, time: Duration, mut condition: impl FnMut() -> b
     }
 }
 
+/// Lets the cluster run as it is for a while: for faults that last, not for waiting.
+pub fn let_run(time: Duration) {
+    thread::sleep(time);
+}
+
 /// Between two questions: little against any time that a test reports, much against its cost.
 const PAUSE: Duration = Duration::from_millis(20);
