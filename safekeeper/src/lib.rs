@@ -1,4 +1,10 @@
 pub mod control_file;
 pub mod disk;
 pub mod identity;
+mod prepare;
+mod recovery;
+pub mod segment;
+mod timeline_files;
+pub mod wal_reader;
+pub mod wal_storage;
 pub mod watch;
