@@ -1,9 +1,9 @@
 //! Clients that write, and remember what was acknowledged to them.
 //!
-//! Each client inserts rows `(client, number)` with numbers that only grow, one per transaction. A number
-//! is *acknowledged* once COMMIT has returned without an error and without a warning: Postgres
-//! warns when it gives up waiting for the quorum, and such a row is promised to nobody. If the
-//! connection breaks before the answer, the row's fate is unknown; the client goes on with the
+//! Each client inserts rows `(client, number)` with numbers that only grow, one per transaction. A
+//! number is *acknowledged* once COMMIT has returned without an error and without a warning:
+//! Postgres warns when it gives up waiting for the quorum, and such a row is promised to nobody. If
+//! the connection breaks before the answer, the row's fate is unknown; the client goes on with the
 //! next number, and the check at the end allows either.
 
 use std::collections::HashSet;

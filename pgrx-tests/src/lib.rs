@@ -8,10 +8,10 @@
 //!      └────── TestDir       removed, or kept with its logs when the test fails
 //! ```
 //!
-//! A test's first lines tell its story. It waits for conditions, never for a time ([`poll`]), looks at the
-//! cluster as an operator does (SQL, the daemon's status, files), and leaves no process behind.
-//! The programs under test are named by `SAFEKEEPER_BIN` and `PG_BINDIR`; `scripts/cluster-tests`
-//! builds them and sets both.
+//! A test's first lines tell its story. It waits for conditions, never for a time ([`poll`]), looks
+//! at the cluster as an operator does (SQL, the daemon's status, files), and leaves no process
+//! behind. The programs under test are named by `SAFEKEEPER_BIN` and `PG_BINDIR`;
+//! `scripts/cluster-tests` builds them and sets both.
 
 pub mod ledger;
 pub mod link;

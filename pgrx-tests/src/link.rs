@@ -1,8 +1,8 @@
 //! A network link: a TCP proxy between two processes, which delays, cuts and heals.
 //!
 //! ```text
-//!   client ──► accept │ reader ─► queue, each piece with its due time ─► writer │ ──► target
-//!          ◄────────────────────────────────── the same again ◄─────────────────────────────
+//!   client ──► reader ──► queue: pieces with their due times ──► writer ──► target
+//!          ◄──────────────────────── and the same back ◄──────────────────────
 //! ```
 //!
 //! A cut direction delivers nothing and says nothing, as a real network that drops packets; what

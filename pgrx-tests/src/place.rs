@@ -7,9 +7,9 @@
 //! removed when the test passes; when it fails it is kept, and its path and the last lines of its
 //! logs are printed.
 //!
-//! Addresses need no search for a free port, which could be taken between the search and the
-//! use, or while a daemon is down for a moment: each test process has a loopback address of its own, made
-//! of its process id, and counts its ports.
+//! Addresses need no search for a free port, which could be taken between the search and the use,
+//! or while a daemon is down for a moment: each test process has a loopback address of its own,
+//! made of its process id, and counts its ports.
 
 use std::ffi::CString;
 use std::fs;
@@ -39,7 +39,7 @@ impl Programs {
 
     fn existing(variable: &str, path: Option<PathBuf>) -> PathBuf {
         let path = path.unwrap_or_else(|| {
-            panic!("{variable} is not set; run the tests by scripts/cluster-tests, which builds what they need")
+            panic!("{variable} is not set; scripts/cluster-tests builds what is needed and sets it")
         });
         assert!(
             path.exists(),

@@ -65,7 +65,8 @@ fn malformed_settings_of_the_server_are_refused_by_name() {
     }
 }
 
-/// A mistyped name of a setting would be silently ignored if the extension did not reserve its prefix.
+/// A mistyped name of a setting would be silently ignored if the extension did not reserve its
+/// prefix.
 #[test]
 fn an_unknown_setting_of_ours_is_reported() {
     let mut cluster = Cluster::prepare(&[]);

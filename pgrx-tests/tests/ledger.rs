@@ -1,9 +1,9 @@
 //! No acknowledged row is ever lost, whatever dies.
 //!
 //! Clients write and remember what was acknowledged. Meanwhile safekeepers are killed and paused,
-//! up to all three at a time; the worker is killed and ended, and now and then the whole server. Then all is healed,
-//! and every acknowledged row must be in the primary, and in a server rebuilt from nothing but the
-//! WAL of one safekeeper.
+//! up to all three at a time; the worker is killed and ended, and now and then the whole server.
+//! Then all is healed, and every acknowledged row must be in the primary, and in a server rebuilt
+//! from nothing but the WAL of one safekeeper.
 //!
 //! `SEED=n` repeats the choices of a run (not its timing), `LEDGER_SECONDS=n` makes it longer.
 

@@ -1,9 +1,9 @@
 //! Our reading of WAL against Postgres's own, over more than a gigabyte of it.
 //!
 //! A stock server writes WAL of every kind. Then the decoder and `pg_waldump` read the same files,
-//! and must agree on every record: where it begins, where the one before it began, its length, its transaction, its
-//! resource manager; and on where the log ends. Both check each record's CRC, so a record that
-//! only one of them believes shows as a difference. No safekeeper takes part.
+//! and must agree on every record: where it begins, where the one before it began, its length, its
+//! transaction, its resource manager; and on where the log ends. Both check each record's CRC, so a
+//! record that only one of them believes shows as a difference. No safekeeper takes part.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -133,11 +133,12 @@ impl Server {
 
     fn large_records(&self, megabytes: &[u32]) {
         for mb in megabytes {
-            // One that is replayed, one odd length, and a row stored out of line.
+            // One in a transaction, one of an odd length, and a row stored out of line.
             self.postgres.sql(&format!(
-                "select pg_logical_emit_message(true, 'x', repeat('0123456789abcdef', {mb} * 65536));
-                 select pg_logical_emit_message(false, 'y', repeat('y', {mb} * 1048576 - 77));
-                 insert into bulk values ({mb}, (select string_agg(md5(g::text), '') from generate_series(1, 32768) g))"
+                "select pg_logical_emit_message(true, 'x', repeat('0123456789abcdef', {mb} << 16));
+                 select pg_logical_emit_message(false, 'y', repeat('y', ({mb} << 20) - 77));
+                 insert into bulk select {mb}, string_agg(md5(g::text), '')
+                     from generate_series(1, 32768) g"
             ));
         }
     }
@@ -151,8 +152,8 @@ impl Server {
         self.postgres.pgbench(8, time);
     }
 
-    /// Kills the server while clients write, and while a record of many pages is on its way to disk: its rest is lost,
-    /// and recovery marks the place as overwritten.
+    /// Kills the server while clients write, and while a record of many pages is on its way to
+    /// disk: its rest is lost, and recovery marks the place as overwritten.
     fn crash_under_load(&mut self) {
         let mut load = self.postgres.pgbench_command(4, Duration::from_secs(600));
         load.stdout(Stdio::null()).stderr(Stdio::null());

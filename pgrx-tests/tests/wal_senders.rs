@@ -1,7 +1,8 @@
 //! A server whose WAL senders are all taken does not crash.
 //!
 //! A background worker that finds no WAL sender slot, and a WAL sender that finds none because the
-//! worker has taken one that was not counted, both end in a crash of stock Postgres if nobody looks first.
+//! worker has taken one that was not counted, both end in a crash of stock Postgres if nobody looks
+//! first.
 
 use std::process::Stdio;
 
