@@ -117,7 +117,7 @@ struct Current {
 enum Overwrite {
     /// The next record is an ordinary one.
     No,
-    /// The page's header was not seen, the record may be either.
+    /// The record is the first of its page, whose header was not seen: it may be either.
     Unseen,
     /// The next record must be OVERWRITE_CONTRECORD, and name this record as lost, if known.
     Due { lost: Option<Lsn> },
@@ -144,7 +144,9 @@ impl WalDecoder {
     ///
     /// A `start` that can't be any of these is reported by the first call of `feed`.
     pub fn new(format: WalFormat, start: Lsn) -> WalDecoder {
-        let at_page_start = start.segment_offset(PAGE_SIZE) == 0;
+        let page_lsn = start.segment_start(PAGE_SIZE);
+        let at_page_start = start == page_lsn;
+        let behind_header = start == page_lsn + u64::from(page_header_size(page_lsn, &format));
         let inside = if at_page_start {
             Inside::Unknown
         } else {
@@ -159,10 +161,10 @@ impl WalDecoder {
             page_header: Gather::EMPTY,
             record_header: Gather::EMPTY,
             record: Current::none(start),
-            overwrite: if at_page_start {
-                Overwrite::No
-            } else {
+            overwrite: if behind_header {
                 Overwrite::Unseen
+            } else {
+                Overwrite::No
             },
             page_tli: 0,
             timelines: None,
@@ -195,7 +197,7 @@ impl WalDecoder {
     /// For reading a server's own `pg_wal` only. When a server is killed while it writes the
     /// zeros behind a switch record, its recovery takes the record for complete nevertheless and
     /// goes on in the next segment; the older contents of a recycled file remain for ever. Who
-    /// passes such WAL on must put the zeros in their place: [`WalDecoder::switch_padding_end`].
+    /// passes such WAL on must put the zeros in their place: [`WalDecoder::feed_and_clean`].
     pub fn allow_stale_switch_padding(&mut self) {
         self.stale_switch_padding = true;
     }
@@ -215,18 +217,26 @@ impl WalDecoder {
         bytes: &[u8],
         mut on_record: impl FnMut(&Record),
     ) -> Result<(), WalError> {
-        if let Some(error) = &self.failed {
-            return Err(error.clone());
-        }
         let mut rest = bytes;
-        while !rest.is_empty() {
-            match self.step(rest, &mut on_record) {
-                Ok(taken) => rest = &rest[taken..],
-                Err(error) => {
-                    self.failed = Some(error.clone());
-                    return Err(error);
-                }
+        while !rest.is_empty() || self.failed.is_some() {
+            let taken = self.step_or_fail(rest, &mut on_record)?;
+            rest = &rest[taken..];
+        }
+        Ok(())
+    }
+
+    /// The same for a server's own `pg_wal` whose bytes are to be passed on: what a killed server
+    /// left between a switch record and the end of its segment is overwritten with the zeros that
+    /// belong there. See [`WalDecoder::allow_stale_switch_padding`].
+    pub fn feed_and_clean(&mut self, bytes: &mut [u8]) -> Result<(), WalError> {
+        let mut rest = bytes;
+        while !rest.is_empty() || self.failed.is_some() {
+            if let Some(end) = self.switch_padding_end() {
+                let len = bytes_up_to(rest, end - self.position).len();
+                rest[..len].fill(0);
             }
+            let taken = self.step_or_fail(rest, &mut |_| {})?;
+            rest = &mut rest[taken..];
         }
         Ok(())
     }
@@ -252,6 +262,19 @@ impl WalDecoder {
     /// All bytes up to it should be zero.
     pub fn switch_padding_end(&self) -> Option<Lsn> {
         (self.inside == Inside::SwitchPadding).then(|| self.segment_end())
+    }
+
+    /// One step; an error is kept, and returned by every later call.
+    fn step_or_fail(
+        &mut self,
+        bytes: &[u8],
+        on_record: &mut impl FnMut(&Record),
+    ) -> Result<usize, WalError> {
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        self.step(bytes, on_record)
+            .inspect_err(|error| self.failed = Some(error.clone()))
     }
 
     /// Takes at least one byte, up to the next place where something has to be decided.
