@@ -1,0 +1,306 @@
+//! The commands of a replication connection, from text.
+//!
+//! What a physical consumer may say to a WAL sender (`repl_gram.y`), and `START_WAL_PUSH`, which is
+//! ours: a proposer's connection begins with it.
+//!
+//! A text that begins with none of the known words is taken for SQL and refused as a WAL sender
+//! refuses it; one that begins with such a word and goes on wrongly is a syntax error. Key words
+//! are taken in any case. Names may be quoted as in SQL.
+
+use safekeeper_protocol::{Lsn, Tli};
+
+use crate::pgwire::ErrorReport;
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ReplicationCommand {
+    /// Nothing but white space.
+    Empty,
+    IdentifySystem,
+    Show(String),
+    TimelineHistory(Tli),
+    StartReplication {
+        slot: Option<String>,
+        start_lsn: Lsn,
+        /// None: the newest.
+        tli: Option<Tli>,
+    },
+    ReadReplicationSlot(String),
+    CreateReplicationSlot,
+    DropReplicationSlot(String),
+    StartWalPush,
+}
+
+/// The command in `text`; a semicolon may end it.
+pub fn parse(text: &str) -> Result<ReplicationCommand, ErrorReport> {
+    let mut words = Words { rest: text };
+    let command = match words.next()? {
+        None => return Ok(ReplicationCommand::Empty),
+        Some(Word::Plain(first)) => parse_command(first, &mut words)?,
+        Some(_) => return Err(not_a_command()),
+    };
+    match words.next()? {
+        None => Ok(command),
+        Some(_) => Err(syntax_error(words.rest)),
+    }
+}
+
+fn parse_command(first: &str, words: &mut Words<'_>) -> Result<ReplicationCommand, ErrorReport> {
+    match first.to_ascii_uppercase().as_str() {
+        "IDENTIFY_SYSTEM" => Ok(ReplicationCommand::IdentifySystem),
+        "SHOW" => Ok(ReplicationCommand::Show(words.name()?)),
+        "TIMELINE_HISTORY" => Ok(ReplicationCommand::TimelineHistory(words.tli()?)),
+        "START_REPLICATION" => parse_start_replication(words),
+        "READ_REPLICATION_SLOT" => Ok(ReplicationCommand::ReadReplicationSlot(words.name()?)),
+        "CREATE_REPLICATION_SLOT" => {
+            words.name()?;
+            words.rest = "";
+            Ok(ReplicationCommand::CreateReplicationSlot)
+        }
+        "DROP_REPLICATION_SLOT" => {
+            let slot = words.name()?;
+            words.skip_keyword("WAIT");
+            Ok(ReplicationCommand::DropReplicationSlot(slot))
+        }
+        "START_WAL_PUSH" => Ok(ReplicationCommand::StartWalPush),
+        "BASE_BACKUP" | "UPLOAD_MANIFEST" => Err(ErrorReport::new(
+            "0A000",
+            "a safekeeper has no data directory to back up",
+        )
+        .hint("Take base backups from the primary or a standby.")),
+        _ => Err(not_a_command()),
+    }
+}
+
+fn parse_start_replication(words: &mut Words<'_>) -> Result<ReplicationCommand, ErrorReport> {
+    let slot = if words.skip_keyword("SLOT") {
+        Some(words.name()?)
+    } else {
+        None
+    };
+    words.skip_keyword("PHYSICAL");
+    if words.skip_keyword("LOGICAL") {
+        return Err(ErrorReport::new(
+            "0A000",
+            "a safekeeper does not decode WAL for logical replication",
+        ));
+    }
+    let start_lsn = words.lsn()?;
+    let tli = if words.skip_keyword("TIMELINE") {
+        Some(words.tli()?)
+    } else {
+        None
+    };
+    Ok(ReplicationCommand::StartReplication {
+        slot,
+        start_lsn,
+        tli,
+    })
+}
+
+fn not_a_command() -> ErrorReport {
+    ErrorReport::new(
+        "0A000",
+        "cannot execute SQL commands in WAL sender for physical replication",
+    )
+    .hint(
+        "A safekeeper understands IDENTIFY_SYSTEM, SHOW, TIMELINE_HISTORY, START_REPLICATION, \
+         READ_REPLICATION_SLOT and START_WAL_PUSH.",
+    )
+}
+
+fn syntax_error(near: &str) -> ErrorReport {
+    let near: String = near.trim().chars().take(60).collect();
+    let message = if near.is_empty() {
+        "syntax error at end of input".to_owned()
+    } else {
+        format!("syntax error at or near \"{near}\"")
+    };
+    ErrorReport::new("42601", message)
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Word<'a> {
+    /// A key word, number, LSN or unquoted name.
+    Plain(&'a str),
+    Quoted(String),
+}
+
+struct Words<'a> {
+    rest: &'a str,
+}
+
+impl<'a> Words<'a> {
+    /// The next word; none at the end or before a final semicolon.
+    fn next(&mut self) -> Result<Option<Word<'a>>, ErrorReport> {
+        let rest = self.rest.trim_start();
+        if rest
+            .trim_end_matches(|c: char| c == ';' || c.is_whitespace())
+            .is_empty()
+        {
+            self.rest = "";
+            return Ok(None);
+        }
+        if let Some(quoted) = rest.strip_prefix('"') {
+            return self.quoted(quoted).map(Some);
+        }
+        let is_inside = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '/' | '.' | '$');
+        let len = rest.find(|c| !is_inside(c)).unwrap_or(rest.len());
+        if len == 0 {
+            return Err(syntax_error(rest));
+        }
+        let (word, rest) = rest.split_at(len);
+        self.rest = rest;
+        Ok(Some(Word::Plain(word)))
+    }
+
+    /// After the opening quote; two quotes stand for one.
+    fn quoted(&mut self, mut rest: &'a str) -> Result<Word<'a>, ErrorReport> {
+        let mut name = String::new();
+        loop {
+            let (part, after) = rest
+                .split_once('"')
+                .ok_or_else(|| ErrorReport::new("42601", "unterminated quoted string"))?;
+            name.push_str(part);
+            match after.strip_prefix('"') {
+                Some(more) => {
+                    name.push('"');
+                    rest = more;
+                }
+                None => {
+                    self.rest = after;
+                    return Ok(Word::Quoted(name));
+                }
+            }
+        }
+    }
+
+    fn plain(&mut self) -> Result<&'a str, ErrorReport> {
+        let near = self.rest;
+        match self.next()? {
+            Some(Word::Plain(word)) => Ok(word),
+            _ => Err(syntax_error(near)),
+        }
+    }
+
+    /// Unquoted names are in lower case, as in SQL.
+    fn name(&mut self) -> Result<String, ErrorReport> {
+        let near = self.rest;
+        match self.next()? {
+            Some(Word::Plain(word)) => Ok(word.to_ascii_lowercase()),
+            Some(Word::Quoted(name)) if !name.is_empty() => Ok(name),
+            _ => Err(syntax_error(near)),
+        }
+    }
+
+    fn tli(&mut self) -> Result<Tli, ErrorReport> {
+        let near = self.rest;
+        match self.plain()?.parse() {
+            Ok(tli) if tli > 0 => Ok(Tli(tli)),
+            _ => Err(syntax_error(near)),
+        }
+    }
+
+    fn lsn(&mut self) -> Result<Lsn, ErrorReport> {
+        let near = self.rest;
+        self.plain()?.parse().map_err(|_| syntax_error(near))
+    }
+
+    fn skip_keyword(&mut self, keyword: &str) -> bool {
+        let before = self.rest;
+        match self.next() {
+            Ok(Some(Word::Plain(word))) if word.eq_ignore_ascii_case(keyword) => true,
+            _ => {
+                self.rest = before;
+                false
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn start(slot: Option<&str>, start_lsn: u64, tli: Option<u32>) -> ReplicationCommand {
+        ReplicationCommand::StartReplication {
+            slot: slot.map(str::to_owned),
+            start_lsn: Lsn(start_lsn),
+            tli: tli.map(Tli),
+        }
+    }
+
+    #[test]
+    fn understands_what_receivers_send() {
+        for (text, command) in [
+            ("", ReplicationCommand::Empty),
+            (" ; ", ReplicationCommand::Empty),
+            ("IDENTIFY_SYSTEM", ReplicationCommand::IdentifySystem),
+            ("identify_system;", ReplicationCommand::IdentifySystem),
+            (
+                "SHOW wal_segment_size",
+                ReplicationCommand::Show("wal_segment_size".into()),
+            ),
+            (
+                "TIMELINE_HISTORY 3",
+                ReplicationCommand::TimelineHistory(Tli(3)),
+            ),
+            (
+                "START_REPLICATION 0/3000000 TIMELINE 1",
+                start(None, 0x300_0000, Some(1)),
+            ),
+            (
+                "START_REPLICATION PHYSICAL 1/A",
+                start(None, 0x1_0000_000A, None),
+            ),
+            (
+                "START_REPLICATION SLOT \"stand\"\"by\" 0/0 TIMELINE 4294967295;",
+                start(Some("stand\"by"), 0, Some(u32::MAX)),
+            ),
+            (
+                "START_REPLICATION SLOT Sb PHYSICAL 0/8",
+                start(Some("sb"), 8, None),
+            ),
+            (
+                "READ_REPLICATION_SLOT \"s\"",
+                ReplicationCommand::ReadReplicationSlot("s".into()),
+            ),
+            (
+                "CREATE_REPLICATION_SLOT \"s\" PHYSICAL (RESERVE_WAL)",
+                ReplicationCommand::CreateReplicationSlot,
+            ),
+            (
+                "DROP_REPLICATION_SLOT s WAIT",
+                ReplicationCommand::DropReplicationSlot("s".into()),
+            ),
+            ("START_WAL_PUSH", ReplicationCommand::StartWalPush),
+        ] {
+            assert_eq!(parse(text), Ok(command), "{text}");
+        }
+    }
+
+    #[test]
+    fn refuses_the_rest_with_the_codes_of_a_primary() {
+        for (text, sqlstate) in [
+            ("SELECT 1", "0A000"),
+            ("\"quoted\"", "0A000"),
+            ("START_REPLICATION SLOT s LOGICAL 0/0", "0A000"),
+            ("BASE_BACKUP", "0A000"),
+            ("IDENTIFY_SYSTEM 1", "42601"),
+            ("IDENTIFY_SYSTEM; IDENTIFY_SYSTEM", "42601"),
+            ("SHOW", "42601"),
+            ("SHOW \"a", "42601"),
+            ("TIMELINE_HISTORY", "42601"),
+            ("TIMELINE_HISTORY 0", "42601"),
+            ("TIMELINE_HISTORY 4294967296", "42601"),
+            ("START_REPLICATION", "42601"),
+            ("START_REPLICATION 0/0 TIMELINE", "42601"),
+            ("START_REPLICATION zero", "42601"),
+            ("START_REPLICATION 0/123456789", "42601"),
+            ("START_REPLICATION SLOT \"\" 0/0", "42601"),
+            ("START_WAL_PUSH '", "42601"),
+        ] {
+            let refused = parse(text).expect_err(text);
+            assert_eq!(refused.sqlstate, sqlstate, "{text}: {}", refused.message);
+        }
+    }
+}
