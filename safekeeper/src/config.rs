@@ -1,0 +1,277 @@
+//! Every setting: name, default, check.
+//!
+//! | setting             | default          | means                                                     |
+//! |---------------------|------------------|-----------------------------------------------------------|
+//! | `listen`            | `127.0.0.1:5454` | where proposers and consumers connect                     |
+//! | `http`              | `127.0.0.1:7676` | where metrics and status are served                       |
+//! | `trust_network`     | `false`          | listen beyond loopback though nobody is authenticated     |
+//! | `max_connections`   | `100`            | connections at a time on `listen`                         |
+//! | `wal_keep_size`     | `1GB`            | WAL kept below commit_lsn that nobody connected needs     |
+//! | `wal_sender_timeout`| `60s`            | a consumer silent for longer is dropped; 0 waits for ever |
+//! | `log_format`        | `text`           | or `json`                                                 |
+//! | `log_level`         | `info`           | `error`, `warn`, `info`, `debug`, `trace`                 |
+//!
+//! They come from a TOML file and from the command line, which wins. A key that is not in the table
+//! and a value that does not fit are errors that name them. Sizes and times take Postgres's units
+//! (kB, MB, GB of 1024; ms, s, min).
+
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::Path;
+use std::time::Duration;
+
+use log::LevelFilter;
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer};
+
+use crate::logging::LogFormat;
+
+pub const DEFAULT_LISTEN: &str = "127.0.0.1:5454";
+pub const DEFAULT_HTTP: &str = "127.0.0.1:7676";
+
+/// A setting that can't be used; the text names it.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct ConfigError(String);
+
+/// The settings in effect.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    pub listen: String,
+    pub http: String,
+    pub trust_network: bool,
+    pub max_connections: usize,
+    /// In bytes.
+    #[serde(deserialize_with = "size")]
+    pub wal_keep_size: u64,
+    /// None: consumers may be silent for ever.
+    #[serde(deserialize_with = "timeout")]
+    pub wal_sender_timeout: Option<Duration>,
+    pub log_format: LogFormat,
+    #[serde(deserialize_with = "level")]
+    pub log_level: LevelFilter,
+}
+
+impl Default for Config {
+    fn default() -> Config {
+        Config {
+            listen: DEFAULT_LISTEN.into(),
+            http: DEFAULT_HTTP.into(),
+            trust_network: false,
+            max_connections: 100,
+            wal_keep_size: 1 << 30,
+            wal_sender_timeout: Some(Duration::from_secs(60)),
+            log_format: LogFormat::Text,
+            log_level: LevelFilter::Info,
+        }
+    }
+}
+
+impl Config {
+    pub fn from_file(path: &Path) -> Result<Config, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|error| {
+            ConfigError(format!(
+                "could not read configuration file {}: {error}",
+                path.display()
+            ))
+        })?;
+        Config::from_toml(&text)
+            .map_err(|error| ConfigError(format!("{}: {error}", path.display())))
+    }
+
+    pub fn from_toml(text: &str) -> Result<Config, ConfigError> {
+        toml::from_str(text).map_err(|error| ConfigError(error.to_string().trim_end().to_owned()))
+    }
+
+    /// Set one setting from the command line, by its name in the table above.
+    pub fn set(&mut self, name: &str, value: toml::Value) -> Result<(), ConfigError> {
+        let table = toml::Table::from_iter([(name.to_owned(), value)]);
+        let parsed = Config::deserialize(table)
+            .map_err(|error| ConfigError(format!("{name}: {}", error.message())))?;
+        match name {
+            "listen" => self.listen = parsed.listen,
+            "http" => self.http = parsed.http,
+            "trust_network" => self.trust_network = parsed.trust_network,
+            "max_connections" => self.max_connections = parsed.max_connections,
+            "wal_keep_size" => self.wal_keep_size = parsed.wal_keep_size,
+            "wal_sender_timeout" => self.wal_sender_timeout = parsed.wal_sender_timeout,
+            "log_format" => self.log_format = parsed.log_format,
+            "log_level" => self.log_level = parsed.log_level,
+            name => unreachable!("{name} would have been refused as unknown"),
+        }
+        Ok(())
+    }
+
+    /// The two addresses to listen on, `listen` first, if they may be listened on.
+    pub fn addresses(&self) -> Result<(SocketAddr, SocketAddr), ConfigError> {
+        if self.max_connections == 0 {
+            return Err(ConfigError("max_connections: must be at least 1".into()));
+        }
+        let listen = resolve("listen", &self.listen)?;
+        let http = resolve("http", &self.http)?;
+        for (name, address) in [("listen", listen), ("http", http)] {
+            if !address.ip().is_loopback() && !self.trust_network {
+                return Err(ConfigError(format!(
+                    "{name}: {address} can be reached from other hosts, and authentication is not \
+                     available yet: anybody there could write and read WAL. Listen on a loopback \
+                     address, or set trust_network = true (--trust-network) if the network keeps \
+                     strangers out"
+                )));
+            }
+        }
+        Ok((listen, http))
+    }
+}
+
+fn resolve(name: &str, text: &str) -> Result<SocketAddr, ConfigError> {
+    text.to_socket_addrs()
+        .map_err(|error| ConfigError(format!("{name}: \"{text}\" is not host:port: {error}")))?
+        .next()
+        .ok_or_else(|| ConfigError(format!("{name}: \"{text}\" has no address")))
+}
+
+/// A number with an optional unit.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Quantity {
+    Number(u64),
+    Text(String),
+    Other(toml::Value),
+}
+
+impl Quantity {
+    /// `units` are the names and what each stands for; a bare number counts as `unit_of_number`.
+    fn scaled(&self, units: &[(&str, u64)], unit_of_number: u64) -> Result<u64, String> {
+        let (number, unit) = match self {
+            Quantity::Number(number) => (*number, unit_of_number),
+            Quantity::Text(text) => {
+                let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+                let (number, unit) = text.split_at(digits);
+                let number = number
+                    .parse()
+                    .map_err(|_| format!("invalid value \"{text}\""))?;
+                let unit = match unit.trim() {
+                    "" => unit_of_number,
+                    name => {
+                        units
+                            .iter()
+                            .find(|unit| unit.0 == name)
+                            .ok_or_else(|| {
+                                let known: Vec<_> = units.iter().map(|unit| unit.0).collect();
+                                format!("invalid unit in \"{text}\", expected {}", known.join(", "))
+                            })?
+                            .1
+                    }
+                };
+                (number, unit)
+            }
+            Quantity::Other(value) => return Err(format!("invalid value {value}")),
+        };
+        number
+            .checked_mul(unit)
+            .ok_or_else(|| "value is too large".to_owned())
+    }
+}
+
+fn size<'de, D: Deserializer<'de>>(value: D) -> Result<u64, D::Error> {
+    let units = [
+        ("B", 1),
+        ("kB", 1 << 10),
+        ("MB", 1 << 20),
+        ("GB", 1 << 30),
+        ("TB", 1 << 40),
+    ];
+    Quantity::deserialize(value)?
+        .scaled(&units, 1)
+        .map_err(D::Error::custom)
+}
+
+fn timeout<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Duration>, D::Error> {
+    let units = [("ms", 1), ("s", 1000), ("min", 60_000), ("h", 3_600_000)];
+    let ms = Quantity::deserialize(value)?
+        .scaled(&units, 1)
+        .map_err(D::Error::custom)?;
+    Ok((ms > 0).then(|| Duration::from_millis(ms)))
+}
+
+fn level<'de, D: Deserializer<'de>>(value: D) -> Result<LevelFilter, D::Error> {
+    let text = String::deserialize(value)?;
+    text.parse()
+        .map_err(|_| D::Error::custom(format!("invalid level \"{text}\"")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_file_gives_the_defaults() {
+        assert_eq!(Config::from_toml(""), Ok(Config::default()));
+    }
+
+    #[test]
+    fn every_setting_can_be_set_in_both_ways() {
+        let toml = r#"
+            listen = "127.0.0.1:1"
+            http = "127.0.0.1:2"
+            trust_network = true
+            max_connections = 7
+            wal_keep_size = "2MB"
+            wal_sender_timeout = "0"
+            log_format = "json"
+            log_level = "debug"
+        "#;
+        let config = Config::from_toml(toml).expect("valid");
+        assert_eq!(config.wal_keep_size, 2 << 20);
+        assert_eq!(config.wal_sender_timeout, None);
+        let mut set = Config::default();
+        for (name, value) in toml.parse::<toml::Table>().expect("a table") {
+            set.set(&name, value).expect("known");
+        }
+        assert_eq!(set, config);
+    }
+
+    #[test]
+    fn errors_name_the_key() {
+        for (text, named) in [
+            ("listne = \"x\"", "listne"),
+            ("max_connections = \"many\"", "max_connections"),
+            ("max_connections = -1", "max_connections"),
+            ("wal_keep_size = \"1XB\"", "wal_keep_size"),
+            ("wal_keep_size = -5", "wal_keep_size"),
+            ("wal_keep_size = \"99999999999TB\"", "wal_keep_size"),
+            ("wal_sender_timeout = \"soon\"", "wal_sender_timeout"),
+            ("wal_sender_timeout = 1.5", "wal_sender_timeout"),
+            ("log_format = \"xml\"", "log_format"),
+            ("log_level = \"loud\"", "log_level"),
+            ("trust_network = 1", "trust_network"),
+        ] {
+            let error = Config::from_toml(text).expect_err(text).to_string();
+            assert!(error.contains(named), "{text}: {error}");
+        }
+        let error = Config::default()
+            .set("log_level", "loud".into())
+            .expect_err("refused");
+        assert_eq!(error.to_string(), "log_level: invalid level \"loud\"");
+    }
+
+    #[test]
+    fn listens_beyond_loopback_only_when_told_so_in_so_many_words() {
+        for (listen, http, trust_network, accepted) in [
+            ("127.0.0.1:1", "[::1]:2", false, true),
+            ("0.0.0.0:1", "127.0.0.1:2", false, false),
+            ("127.0.0.1:1", "0.0.0.0:2", false, false),
+            ("0.0.0.0:1", "0.0.0.0:2", true, true),
+            ("127.0.0.1", "127.0.0.1:2", false, false),
+            ("127.0.0.1:99999", "127.0.0.1:2", false, false),
+        ] {
+            let config = Config {
+                listen: listen.into(),
+                http: http.into(),
+                trust_network,
+                ..Config::default()
+            };
+            assert_eq!(config.addresses().is_ok(), accepted, "{listen} {http}");
+        }
+    }
+}
