@@ -1,0 +1,686 @@
+//! The keeper: sole owner of one cluster's acceptor and WAL.
+//!
+//! One thread at a time acts for it, by holding a [`Turn`]; on the hot path that is the thread of
+//! the proposer's connection. Within a turn a message goes through the acceptor, and the actions
+//! that come of it are carried out in their order; `Persist` and `Truncate` are on stable storage
+//! before the next one is looked at. Appends are only written. They are flushed together, before
+//! any message that speaks of the log's end and at the end of the turn, whichever way it ends: a
+//! keeper that nobody holds has no WAL that is not flushed.
+//!
+//! ```text
+//!   holding the keeper                     without it
+//!   take_turn: append, handle, finish      commit_lsn, view, status: published values
+//!   begin_read (a look at the term)        reader: the files themselves
+//!   housekeep, disconnect
+//! ```
+//!
+//! commit_lsn goes to the control file now and then, by `housekeep`. That one takes the keeper for
+//! the moment it needs to copy the state, and waits for the disk with only the control file in its
+//! hands; locks are taken in this order, keeper then control file, so an older state never replaces
+//! a newer one, and no commit waits for it.
+//!
+//! **A failed write, flush or rename ends the process**, in [`stop_on`]: what the disk holds is
+//! unknown then, and a restart finds out. Two failures are not of that kind: WAL that is damaged
+//! was not written at all, and WAL for which there is no room can come again. Both end the
+//! proposer's connection, and its next Elected puts the log in order.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use safekeeper_protocol::{
+    Acceptor, AcceptorAction, AcceptorMessage, AcceptorState, Append, ClusterIdentity, Lsn,
+    ProposerMessage, Read, Refusal, Session, Term, Tli,
+};
+
+use crate::consumers::Consumers;
+use crate::control_file::{ControlFile, ControlFileError, read_state};
+use crate::disk::{Disk, StorageError};
+use crate::identity::Identity;
+use crate::metrics::ClusterMetrics;
+use crate::pgwire::{ConnectionError, ErrorReport};
+
+use crate::status::{ClusterStatus, ConfigurationStatus, LsnText, StandbyStatus, term_history};
+use crate::view::View;
+use crate::wal_reader::{ReadError, WalReader};
+use crate::wal_storage::{OpenError, TruncateError, WalStorage, WriteError};
+use crate::watch::Watch;
+
+/// One cluster's keeper.
+#[derive(Debug)]
+pub struct Keeper {
+    cluster: ClusterIdentity,
+    identity: Identity,
+    disk: Arc<dyn Disk>,
+    pub consumers: Consumers,
+    pub metrics: ClusterMetrics,
+    commit_lsn: Watch,
+    write_lsn: AtomicU64,
+    flush_lsn: AtomicU64,
+    oldest_lsn: AtomicU64,
+    view: Mutex<Arc<View>>,
+    /// Whose Elected was taken, while it is connected.
+    proposer: Mutex<Option<SocketAddr>>,
+    held: Mutex<Held>,
+    control: Mutex<ControlFile>,
+}
+
+/// What only the thread that has the turn may touch.
+#[derive(Debug)]
+struct Held {
+    acceptor: Acceptor,
+    storage: WalStorage,
+    /// Kept for its capacity.
+    actions: Vec<AcceptorAction>,
+    /// commit_lsn in the control file.
+    persisted_commit_lsn: Lsn,
+}
+
+/// Why a cluster is not served.
+#[derive(Debug, thiserror::Error)]
+pub enum KeeperError {
+    #[error(transparent)]
+    Control(#[from] ControlFileError),
+    #[error(transparent)]
+    Wal(#[from] OpenError),
+    #[error("could not start a thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// Why a proposer's message ends its connection.
+#[derive(Debug)]
+pub enum PushError {
+    Refused(Refusal),
+    /// WAL that fails its checks, with what is wrong.
+    Damaged(String),
+    NoSpace(StorageError),
+    /// Something about its cluster that can't be served here.
+    Cluster(ErrorReport),
+}
+
+impl From<Refusal> for PushError {
+    fn from(refusal: Refusal) -> PushError {
+        PushError::Refused(refusal)
+    }
+}
+
+impl PushError {
+    pub fn report(&self) -> ErrorReport {
+        match self {
+            PushError::Refused(refusal) => {
+                ErrorReport::new(sqlstate_of(refusal), refusal.to_string())
+            }
+            PushError::Damaged(what) => {
+                ErrorReport::new("XX001", format!("refused damaged WAL: {what}"))
+            }
+            PushError::NoSpace(error) => ErrorReport::new("53100", error.to_string())
+                .hint("WAL is taken again once there is room on the safekeeper's disk."),
+            PushError::Cluster(report) => report.clone(),
+        }
+    }
+}
+
+fn sqlstate_of(refusal: &Refusal) -> &'static str {
+    match refusal {
+        Refusal::OtherCluster { .. } => "22023",
+        Refusal::NotAMember { .. }
+        | Refusal::OtherConfiguration { .. }
+        | Refusal::OtherCommonPoint { .. }
+        | Refusal::WouldCutCommitted { .. }
+        | Refusal::NotElectedHere { .. } => "55000",
+        Refusal::BadHistory | Refusal::Gap { .. } | Refusal::Malformed(_) => "08P01",
+    }
+}
+
+/// How much of the log a proposer may read, at one moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Readable {
+    pub term: Term,
+    pub oldest_lsn: Lsn,
+    pub flush_lsn: Lsn,
+}
+
+/// Storage failed in a way that leaves the disk's contents unknown. Never to be tried again by
+/// this process: the kernel may have dropped the pages, and a second fsync would lie.
+pub fn stop_on(error: &StorageError) -> ! {
+    log::error!("storage failed, the process ends: {error}");
+    std::process::abort();
+}
+
+impl Keeper {
+    /// The keeper of a cluster that is in the data directory.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        identity: Identity,
+        system_id: u64,
+        metrics: impl FnOnce(&ClusterIdentity) -> ClusterMetrics,
+    ) -> Result<Keeper, KeeperError> {
+        let (control, state) = ControlFile::open(disk.clone(), system_id)?;
+        let metrics = metrics(&state.cluster);
+        let storage = WalStorage::open(disk.clone(), &state.cluster, &state)?;
+        let acceptor = Acceptor::new(
+            identity.id,
+            identity.incarnation,
+            state,
+            storage.flush_lsn(),
+        );
+        Keeper::new(disk, identity, control, storage, acceptor, metrics)
+    }
+
+    /// The keeper of a cluster that becomes known here, by an acceptor that wants its first state
+    /// persisted. After an error nothing was promised.
+    pub fn create(
+        disk: Arc<dyn Disk>,
+        identity: Identity,
+        acceptor: Acceptor,
+        state: &AcceptorState,
+        metrics: ClusterMetrics,
+    ) -> Result<Keeper, KeeperError> {
+        let control =
+            ControlFile::create(disk.clone(), state).map_err(ControlFileError::Storage)?;
+        let storage = WalStorage::open(disk.clone(), &state.cluster, state)?;
+        Keeper::new(disk, identity, control, storage, acceptor, metrics)
+    }
+
+    fn new(
+        disk: Arc<dyn Disk>,
+        identity: Identity,
+        control: ControlFile,
+        mut storage: WalStorage,
+        acceptor: Acceptor,
+        metrics: ClusterMetrics,
+    ) -> Result<Keeper, KeeperError> {
+        storage
+            .prepare_in_background()
+            .map_err(KeeperError::Thread)?;
+        let timeline_files = storage
+            .timeline_files()
+            .map_err(ControlFileError::Storage)?;
+        let view = View::new(acceptor.state(), timeline_files);
+        Ok(Keeper {
+            identity,
+            cluster: acceptor.cluster().clone(),
+            disk,
+            consumers: Consumers::default(),
+            metrics,
+            commit_lsn: Watch::new(acceptor.commit_lsn().0),
+            write_lsn: AtomicU64::new(acceptor.write_lsn().0),
+            flush_lsn: AtomicU64::new(acceptor.flush_lsn().0),
+            oldest_lsn: AtomicU64::new(storage.oldest_lsn().0),
+            view: Mutex::new(Arc::new(view)),
+            proposer: Mutex::new(None),
+            control: Mutex::new(control),
+            held: Mutex::new(Held {
+                persisted_commit_lsn: acceptor.commit_lsn(),
+                acceptor,
+                storage,
+                actions: Vec::new(),
+            }),
+        })
+    }
+
+    pub fn cluster(&self) -> &ClusterIdentity {
+        &self.cluster
+    }
+
+    /// End of the WAL that consumers may have.
+    pub fn commit_lsn(&self) -> Lsn {
+        Lsn(self.commit_lsn.get())
+    }
+
+    pub fn view(&self) -> Arc<View> {
+        lock(&self.view).clone()
+    }
+
+    pub fn take_turn(&self) -> Turn<'_> {
+        Turn {
+            keeper: self,
+            held: lock(&self.held),
+        }
+    }
+
+    /// Checks a proposer's Read, and tells what there is to read now.
+    pub fn begin_read(&self, read: &Read) -> Result<Readable, PushError> {
+        let mut actions = Vec::new();
+        let held = lock(&self.held);
+        held.acceptor.on_read(read, &mut actions)?;
+        Ok(Readable {
+            term: held.acceptor.term(),
+            oldest_lsn: held.storage.oldest_lsn(),
+            flush_lsn: held.acceptor.flush_lsn(),
+        })
+    }
+
+    /// commit_lsn to the control file if it moved; WAL that nobody needs removed. `wal_keep_size`
+    /// is kept at any rate, in bytes.
+    pub fn housekeep(&self, wal_keep_size: u64) {
+        self.persist_commit_lsn();
+        let mut held = lock(&self.held);
+        let commit_lsn = held.acceptor.commit_lsn();
+        let mut horizon = Lsn(commit_lsn.0.saturating_sub(wal_keep_size));
+        horizon = horizon.min(held.acceptor.truncate_lsn());
+        if let Some(needed_from) = self.consumers.needed_from() {
+            horizon = horizon.min(needed_from);
+        }
+        if horizon.segment_start(self.cluster.segment_size) <= held.storage.oldest_lsn() {
+            return;
+        }
+        match held.storage.remove_before(horizon) {
+            Ok(()) => {
+                let oldest_lsn = held.storage.oldest_lsn();
+                self.oldest_lsn.store(oldest_lsn.0, Ordering::Relaxed);
+                log::info!(
+                    "removed WAL cluster={} oldest_lsn={oldest_lsn}",
+                    self.cluster.name
+                );
+            }
+            Err(error) => stop_on(&error),
+        }
+    }
+
+    /// What recovery would otherwise have to find out by decoding, and what consumers would have
+    /// to wait for after a restart.
+    pub fn persist_commit_lsn(&self) {
+        let mut held = lock(&self.held);
+        let commit_lsn = held.acceptor.commit_lsn();
+        if commit_lsn == held.persisted_commit_lsn {
+            return;
+        }
+        held.persisted_commit_lsn = commit_lsn;
+        let state = held.acceptor.state();
+        let control = lock(&self.control);
+        drop(held);
+        self.write_control_file(control, &state);
+    }
+
+    fn write_control_file(&self, mut control: MutexGuard<'_, ControlFile>, state: &AcceptorState) {
+        let started = Instant::now();
+        if let Err(error) = control.persist(state) {
+            stop_on(&error);
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        self.metrics.persist_control_file_seconds.observe(seconds);
+    }
+
+    /// For reading files without the keeper.
+    pub fn reader(&self) -> Reader {
+        let view = self.view();
+        let files = WalReader::new(self.disk.clone(), &self.cluster, &view.state.history);
+        Reader {
+            files: files.expect("the WAL of this cluster was opened, so its shape is supported"),
+            view,
+        }
+    }
+
+    /// Appends committed WAL to `out`.
+    pub fn read_committed(
+        &self,
+        reader: &mut Reader,
+        range: Range<Lsn>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ConnectionError> {
+        assert!(
+            range.end <= self.commit_lsn(),
+            "{} would be sent, but only {} is committed",
+            range.end,
+            self.commit_lsn()
+        );
+        self.read(reader, range, out)
+            .map_err(|error| ConnectionError::Command(self.read_failed(&error)))
+    }
+
+    /// Appends flushed WAL to `out`, for a proposer; nothing if it has been removed.
+    pub fn read_flushed(
+        &self,
+        reader: &mut Reader,
+        range: Range<Lsn>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ConnectionError> {
+        match self.read(reader, range, out) {
+            Ok(()) | Err(ReadError::Removed { .. }) => Ok(()),
+            Err(error) => Err(ConnectionError::Fatal(self.read_failed(&error))),
+        }
+    }
+
+    fn read(
+        &self,
+        reader: &mut Reader,
+        range: Range<Lsn>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), ReadError> {
+        let view = self.view();
+        if view.state.history != reader.view.state.history {
+            reader.files.set_history(&view.state.history);
+        }
+        reader.view = view;
+        let start = out.len();
+        let len = usize::try_from(range.end - range.start).expect("a message's worth");
+        out.resize(start + len, 0);
+        let result = reader.files.read(range.start, &mut out[start..]);
+        if result.is_err() {
+            out.truncate(start);
+        }
+        result
+    }
+
+    fn read_failed(&self, error: &ReadError) -> ErrorReport {
+        let sqlstate = match error {
+            ReadError::Removed { .. } => "58P01",
+            ReadError::Damaged(_) => "XX001",
+            ReadError::Storage(_) => "58030",
+        };
+        if !matches!(error, ReadError::Removed { .. }) {
+            log::error!(
+                "WAL can't be read back cluster={} ({error})",
+                self.cluster.name
+            );
+        }
+        ErrorReport::new(sqlstate, error.to_string())
+    }
+
+    pub fn status(&self) -> ClusterStatus {
+        let view = self.view();
+        let position = |lsn: &AtomicU64| LsnText(Lsn(lsn.load(Ordering::Relaxed)));
+        let standbys = self.consumers.list();
+        ClusterStatus {
+            term: view.state.term.0,
+            configuration: ConfigurationStatus::from(&view.state.configuration),
+            term_history: term_history(&view.state.history),
+            write_lsn: position(&self.write_lsn),
+            flush_lsn: position(&self.flush_lsn),
+            commit_lsn: LsnText(self.commit_lsn()),
+            oldest_lsn: position(&self.oldest_lsn),
+            proposer: lock(&self.proposer).map(|address| address.to_string()),
+            standbys: standbys
+                .iter()
+                .map(|c| StandbyStatus::from(c.as_ref()))
+                .collect(),
+            damaged_appends: self.metrics.damaged_appends.get(),
+            ..ClusterStatus::of(&self.cluster)
+        }
+    }
+}
+
+/// Reads a cluster's files, with the history by which their names were chosen.
+#[derive(Debug)]
+pub struct Reader {
+    files: WalReader,
+    view: Arc<View>,
+}
+
+/// The right to act for a keeper, until dropped.
+#[derive(Debug)]
+pub struct Turn<'a> {
+    keeper: &'a Keeper,
+    held: MutexGuard<'a, Held>,
+}
+
+impl Turn<'_> {
+    /// WAL, or a heartbeat: written, not flushed.
+    pub fn append(
+        &mut self,
+        session: Session,
+        append: &Append,
+        wal: &[u8],
+        now_ms: u64,
+        replies: &mut Vec<AcceptorMessage>,
+    ) -> Result<(), PushError> {
+        let held = &mut *self.held;
+        if append.reply_requested {
+            held.acceptor.set_feedback(self.keeper.consumers.feedback());
+        }
+        held.acceptor
+            .on_append(session, append, now_ms, &mut held.actions)?;
+        self.carry_out(wal, replies)
+    }
+
+    /// Any message but Append and Read.
+    pub fn handle(
+        &mut self,
+        session: Session,
+        address: SocketAddr,
+        message: &ProposerMessage,
+        now_ms: u64,
+        replies: &mut Vec<AcceptorMessage>,
+    ) -> Result<(), PushError> {
+        self.flush(replies);
+        let term_before = self.held.acceptor.term();
+        let Held {
+            acceptor, actions, ..
+        } = &mut *self.held;
+        match message {
+            ProposerMessage::Greeting(greeting) => acceptor.on_greeting(greeting, now_ms, actions),
+            ProposerMessage::Configure(configure) => acceptor.on_configure(configure, actions),
+            ProposerMessage::VoteRequest(request) => acceptor.on_vote_request(request, actions),
+            ProposerMessage::Elected(elected) => {
+                acceptor.on_elected(session, elected, now_ms, actions)
+            }
+            ProposerMessage::Append(_) | ProposerMessage::Read(_) => {
+                unreachable!("have their own ways")
+            }
+        }?;
+        self.carry_out(&[], replies)?;
+        self.publish_positions();
+        self.publish_proposer(session, address);
+        self.log_handled(message, term_before);
+        Ok(())
+    }
+
+    /// Flush, and give the keeper back.
+    pub fn finish(mut self, replies: &mut Vec<AcceptorMessage>) {
+        self.flush(replies);
+    }
+
+    /// The proposer's connection is at its end.
+    pub fn disconnect(mut self, session: Session) {
+        self.flush(&mut Vec::new());
+        if self.held.acceptor.leads(session) {
+            *lock(&self.keeper.proposer) = None;
+        }
+        self.held.acceptor.on_disconnected(session);
+        let keeper = self.keeper;
+        drop(self);
+        keeper.persist_commit_lsn();
+    }
+
+    fn flush(&mut self, replies: &mut Vec<AcceptorMessage>) {
+        if !self.held.acceptor.needs_flush() {
+            return;
+        }
+        let held = &mut *self.held;
+        let started = Instant::now();
+        let flush_lsn = match held.storage.flush() {
+            Ok(flush_lsn) => flush_lsn,
+            Err(error) => stop_on(&error),
+        };
+        let seconds = started.elapsed().as_secs_f64();
+        self.keeper.metrics.flush_wal_seconds.observe(seconds);
+        held.acceptor.set_feedback(self.keeper.consumers.feedback());
+        held.acceptor.on_flushed(flush_lsn, &mut held.actions);
+        self.publish_positions();
+        self.carry_out(&[], replies)
+            .expect("only a Write can be refused, and a flush asks for none");
+    }
+
+    /// In order; what comes after one that is refused is dropped.
+    fn carry_out(
+        &mut self,
+        wal: &[u8],
+        replies: &mut Vec<AcceptorMessage>,
+    ) -> Result<(), PushError> {
+        let mut actions = std::mem::take(&mut self.held.actions);
+        let result = actions
+            .drain(..)
+            .try_for_each(|action| self.carry_out_one(action, wal, replies));
+        self.held.actions = actions;
+        result
+    }
+
+    fn carry_out_one(
+        &mut self,
+        action: AcceptorAction,
+        wal: &[u8],
+        replies: &mut Vec<AcceptorMessage>,
+    ) -> Result<(), PushError> {
+        match action {
+            AcceptorAction::Write { tli, begin_lsn } => return self.write(tli, begin_lsn, wal),
+            AcceptorAction::Persist(state) => {
+                self.held.persisted_commit_lsn = state.commit_lsn;
+                let control = lock(&self.keeper.control);
+                self.keeper.write_control_file(control, &state);
+                self.publish_view();
+            }
+            AcceptorAction::Truncate { tli, end_lsn } => return self.truncate(tli, end_lsn),
+            AcceptorAction::ReplaceTimelineFiles(files) => {
+                self.held
+                    .storage
+                    .replace_timeline_files(&files)
+                    .unwrap_or_else(|error| stop_on(&error));
+                self.publish_view();
+            }
+            AcceptorAction::Commit(commit_lsn) => {
+                self.keeper.commit_lsn.advance(commit_lsn.0);
+                self.keeper.consumers.wake();
+            }
+            AcceptorAction::Send(message) => replies.push(message),
+            AcceptorAction::Read(_) => unreachable!("asked for by begin_read only"),
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, tli: Tli, begin_lsn: Lsn, wal: &[u8]) -> Result<(), PushError> {
+        let metrics = &self.keeper.metrics;
+        match self.held.storage.write(tli, begin_lsn, wal) {
+            Ok(()) => {
+                metrics.write_wal_bytes.inc_by(wal.len() as u64);
+                Ok(())
+            }
+            Err(WriteError::Failed(error)) => stop_on(&error),
+            Err(WriteError::NoSpace(error)) => {
+                metrics.no_space_appends.inc();
+                Err(PushError::NoSpace(error))
+            }
+            Err(error @ WriteError::Damaged(..)) => {
+                metrics.damaged_appends.inc();
+                log::error!(
+                    "refused damaged WAL cluster={} begin_lsn={begin_lsn} tli={tli} ({error})",
+                    self.keeper.cluster.name
+                );
+                Err(PushError::Damaged(error.to_string()))
+            }
+        }
+    }
+
+    fn truncate(&mut self, tli: Tli, end_lsn: Lsn) -> Result<(), PushError> {
+        let error = match self.held.storage.truncate(tli, end_lsn) {
+            Ok(()) => return Ok(()),
+            Err(TruncateError::Failed(error)) => stop_on(&error),
+            Err(error) => error,
+        };
+        // The log is as it was, and the acceptor believes otherwise.
+        self.begin_again();
+        Err(match error {
+            TruncateError::NoSpace(error) => PushError::NoSpace(error),
+            error => PushError::Cluster(ErrorReport::new("55000", error.to_string())),
+        })
+    }
+
+    /// What a restart would do: the acceptor as the disk knows it. All it has promised is there.
+    fn begin_again(&mut self) {
+        let keeper = self.keeper;
+        let control = lock(&keeper.control);
+        let mut state = match read_state(keeper.disk.as_ref(), keeper.cluster.system_id) {
+            Ok(state) => state,
+            Err(ControlFileError::Storage(error)) => stop_on(&error),
+            Err(error) => panic!("the control file was whole when it was written: {error}"),
+        };
+        drop(control);
+        // The running process never takes this back.
+        state.commit_lsn = state.commit_lsn.max(keeper.commit_lsn());
+        self.held.acceptor = Acceptor::new(
+            keeper.identity.id,
+            keeper.identity.incarnation,
+            state,
+            self.held.storage.flush_lsn(),
+        );
+        *lock(&keeper.proposer) = None;
+        self.publish_view();
+        self.publish_positions();
+    }
+
+    fn publish_positions(&self) {
+        let (keeper, held) = (self.keeper, &self.held);
+        let publish = |to: &AtomicU64, lsn: Lsn| to.store(lsn.0, Ordering::Relaxed);
+        publish(&keeper.write_lsn, held.acceptor.write_lsn());
+        publish(&keeper.flush_lsn, held.acceptor.flush_lsn());
+        publish(&keeper.oldest_lsn, held.storage.oldest_lsn());
+    }
+
+    fn publish_view(&self) {
+        let timeline_files = self.held.storage.timeline_files();
+        let timeline_files = timeline_files.unwrap_or_else(|error| stop_on(&error));
+        let view = View::new(self.held.acceptor.state(), timeline_files);
+        *lock(&self.keeper.view) = Arc::new(view);
+    }
+
+    fn publish_proposer(&self, session: Session, address: SocketAddr) {
+        let mut proposer = lock(&self.keeper.proposer);
+        if self.held.acceptor.leads(session) {
+            *proposer = Some(address);
+        } else if !self.held.acceptor.has_leader() {
+            *proposer = None;
+        }
+    }
+
+    /// One line for what changed.
+    fn log_handled(&self, message: &ProposerMessage, term_before: Term) {
+        let acceptor = &self.held.acceptor;
+        let (name, term) = (&self.keeper.cluster.name, acceptor.term());
+        match message {
+            ProposerMessage::VoteRequest(_) if term > term_before => {
+                log::info!("voted cluster={name} term={term}");
+            }
+            ProposerMessage::Elected(elected) if elected.term == term => log::info!(
+                "follows elected proposer cluster={name} term={term} write_lsn={} commit_lsn={}",
+                acceptor.write_lsn(),
+                acceptor.commit_lsn()
+            ),
+            ProposerMessage::Configure(_) => log::info!(
+                "configured cluster={name} term={term} configuration={}",
+                acceptor.configuration()
+            ),
+            _ => {}
+        }
+    }
+}
+
+/// A turn that ends by an error has written WAL all the same.
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            self.flush(&mut Vec::new());
+        }
+    }
+}
+
+impl From<&crate::consumers::Consumer> for StandbyStatus {
+    fn from(consumer: &crate::consumers::Consumer) -> StandbyStatus {
+        let progress = consumer.progress();
+        StandbyStatus {
+            application_name: consumer.application_name.clone(),
+            address: consumer.address.to_string(),
+            state: progress.state.name().into(),
+            sent_lsn: LsnText(progress.sent_lsn),
+            write_lsn: LsnText(progress.write_lsn),
+            flush_lsn: LsnText(progress.flush_lsn),
+            apply_lsn: LsnText(progress.apply_lsn),
+        }
+    }
+}
+
+/// A panic ends the daemon, so a poisoned lock is only ever seen by a test that failed already.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

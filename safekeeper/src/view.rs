@@ -1,0 +1,182 @@
+//! What readers may know of a cluster without taking its keeper: an unchanging picture, replaced
+//! as a whole when the control file or the timeline files are.
+//!
+//! A timeline exists for readers once commit_lsn is beyond its begin:
+//!
+//! ```text
+//!   term history   (4, tli 1, 0/1000000)          (5, tli 2, 0/1400000)
+//!   commit_lsn                      0/1300000                             newest: 1
+//!                                       0/1400000                         newest: 1
+//!                                           0/1400060                     newest: 2, 1 has ended
+//! ```
+
+use safekeeper_protocol::{AcceptorState, Lsn, TimelineFile, Tli};
+use safekeeper_wal::TimelineHistory;
+
+use crate::pgwire::ErrorReport;
+
+#[derive(Clone, Debug)]
+pub struct View {
+    pub state: AcceptorState,
+    timeline_files: Vec<TimelineFile>,
+}
+
+/// Where a timeline that has ended gave way to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimelineEnd {
+    pub end_lsn: Lsn,
+    pub next_tli: Tli,
+}
+
+impl View {
+    pub fn new(state: AcceptorState, timeline_files: Vec<TimelineFile>) -> View {
+        View {
+            state,
+            timeline_files,
+        }
+    }
+
+    /// The newest timeline that may be shown; that of the log's begin while nothing is committed.
+    pub fn newest_tli(&self, commit_lsn: Lsn) -> Tli {
+        let entries = self.state.history.entries();
+        let shown = entries
+            .iter()
+            .rev()
+            .find(|entry| entry.start_lsn < commit_lsn);
+        shown.or(entries.first()).map_or(Tli(1), |entry| entry.tli)
+    }
+
+    /// The history file of a timeline, as Postgres wrote it. Timeline 1 has none.
+    pub fn timeline_file(&self, tli: Tli) -> Option<&TimelineFile> {
+        self.timeline_files.iter().find(|file| file.tli == tli)
+    }
+
+    /// None if `tli` is the newest; an error if it is not an ancestor of the newest.
+    pub fn end_of_timeline(
+        &self,
+        tli: Tli,
+        commit_lsn: Lsn,
+    ) -> Result<Option<TimelineEnd>, ErrorReport> {
+        let newest = self.newest_tli(commit_lsn);
+        if tli == newest {
+            return Ok(None);
+        }
+        let end = self
+            .end_by_file(tli, newest)
+            .or_else(|| self.end_by_terms(tli, newest));
+        match end {
+            Some(end) if tli < newest => Ok(Some(end)),
+            _ => Err(ErrorReport::new(
+                "XX000",
+                format!("requested timeline {tli} is not in this server's history"),
+            )),
+        }
+    }
+
+    /// The newest timeline's history file names all its ancestors, those before our log too.
+    fn end_by_file(&self, tli: Tli, newest: Tli) -> Option<TimelineEnd> {
+        let content = str::from_utf8(&self.timeline_file(newest)?.content).ok()?;
+        let history = TimelineHistory::parse(newest.0, content).ok()?;
+        let at = history.ancestors.iter().position(|a| a.tli == tli.0)?;
+        let next = history.ancestors.get(at + 1).map_or(newest.0, |a| a.tli);
+        Some(TimelineEnd {
+            end_lsn: history.ancestors[at].end_lsn,
+            next_tli: Tli(next),
+        })
+    }
+
+    fn end_by_terms(&self, tli: Tli, newest: Tli) -> Option<TimelineEnd> {
+        let entries = self.state.history.entries();
+        entries.iter().find(|entry| entry.tli == tli)?;
+        let next = entries
+            .iter()
+            .find(|entry| entry.tli > tli && entry.tli <= newest)?;
+        Some(TimelineEnd {
+            end_lsn: next.start_lsn,
+            next_tli: next.tli,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safekeeper_protocol::{ClusterIdentity, Term, TermEntry, TermHistory};
+
+    /// Timelines 2 (to 0x100), 5 (to 0x200), 6; the log begins on 2.
+    fn view(with_file: bool) -> View {
+        let mut state = AcceptorState::unconfigured(ClusterIdentity {
+            system_id: 1,
+            name: "main".into(),
+            pg_major: 15,
+            segment_size: 1 << 20,
+        });
+        let entry = |term, tli, start_lsn| TermEntry {
+            term: Term(term),
+            tli: Tli(tli),
+            start_lsn: Lsn(start_lsn),
+        };
+        state.history = TermHistory::new(vec![
+            entry(1, 2, 0x50),
+            entry(3, 2, 0x80),
+            entry(4, 5, 0x100),
+            entry(5, 6, 0x200),
+            entry(6, 6, 0x210),
+        ])
+        .expect("a history");
+        let file = TimelineFile {
+            tli: Tli(6),
+            content: b"1\t0/20\tx\n2\t0/100\tx\n5\t0/200\tx\n".to_vec(),
+        };
+        View::new(state, if with_file { vec![file] } else { vec![] })
+    }
+
+    #[test]
+    fn a_timeline_is_shown_once_a_byte_of_it_is_committed() {
+        let view = view(true);
+        for (commit_lsn, tli) in [
+            (0, 2),
+            (0x50, 2),
+            (0x100, 2),
+            (0x101, 5),
+            (0x200, 5),
+            (0x201, 6),
+            (0x999, 6),
+        ] {
+            assert_eq!(
+                view.newest_tli(Lsn(commit_lsn)),
+                Tli(tli),
+                "{commit_lsn:#x}"
+            );
+        }
+    }
+
+    #[test]
+    fn ends_of_timelines_by_cases() {
+        let ends = |end_lsn, next_tli| {
+            Ok(Some(TimelineEnd {
+                end_lsn: Lsn(end_lsn),
+                next_tli: Tli(next_tli),
+            }))
+        };
+        for with_file in [true, false] {
+            let view = view(with_file);
+            let end = |tli, commit_lsn| {
+                view.end_of_timeline(Tli(tli), Lsn(commit_lsn))
+                    .map_err(|_| ())
+            };
+            assert_eq!(end(6, 0x999), Ok(None));
+            assert_eq!(end(5, 0x999), ends(0x200, 6));
+            assert_eq!(end(2, 0x999), ends(0x100, 5));
+            assert_eq!(
+                end(1, 0x999),
+                if with_file { ends(0x20, 2) } else { Err(()) }
+            );
+            assert_eq!(end(3, 0x999), Err(()));
+            assert_eq!(end(7, 0x999), Err(()));
+            // Before anything of timeline 6 is committed.
+            assert_eq!(end(5, 0x200), Ok(None));
+            assert_eq!(end(6, 0x200), Err(()));
+        }
+    }
+}
