@@ -1,3 +1,8 @@
+//! The daemon of Safekeeper for PostgreSQL, as a library so that tests can run one in-process.
+//!
+//! Below, from the disk upwards; each group knows only those above it.
+
+// What is on disk.
 pub mod control_file;
 pub mod disk;
 pub mod identity;
@@ -7,4 +12,26 @@ pub mod segment;
 mod timeline_files;
 pub mod wal_reader;
 pub mod wal_storage;
+
+// Leaves: what others are told, and how.
+pub mod config;
+pub mod logging;
+pub mod metrics;
+pub mod pgwire;
+pub mod replication_command;
+pub mod startup;
+pub mod status;
 pub mod watch;
+
+// Who owns a cluster, and who reads it.
+pub mod clusters;
+pub mod consumers;
+pub mod keeper;
+pub mod view;
+
+// Who speaks to the world.
+pub mod connection;
+pub mod http;
+pub mod receive_wal;
+pub mod send_wal;
+pub mod server;

@@ -1,0 +1,273 @@
+//! The subcommands of `safekeeper`.
+
+use std::fmt::Display;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use safekeeper::config::{Config, DEFAULT_HTTP};
+use safekeeper::identity::{DataDir, random_incarnation};
+use safekeeper::logging::{self, LogFormat};
+use safekeeper::server::Server;
+use safekeeper::status::{Status, members_table, status_table};
+use safekeeper_protocol::MemberId;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+
+/// How long another safekeeper may take to tell its status.
+const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Longest status that is read, in bytes.
+const STATUS_LEN_MAX: u64 = 16 * 1024 * 1024;
+
+/// A WAL-only member of a PostgreSQL commit quorum.
+#[derive(Debug, Parser)]
+#[command(name = "safekeeper", version)]
+pub struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Make a data directory.
+    Init {
+        #[arg(long)]
+        data_dir: PathBuf,
+        /// Number of this safekeeper, different from those of all others; not 0.
+        #[arg(long)]
+        id: u64,
+    },
+    /// Run the daemon until SIGTERM or SIGINT.
+    Run(RunArguments),
+    /// Show what running safekeepers hold.
+    Status(StatusArguments),
+    /// Show who the members of each cluster are.
+    Members(StatusArguments),
+}
+
+#[derive(Debug, Args)]
+struct RunArguments {
+    #[arg(long)]
+    data_dir: PathBuf,
+    /// TOML file with the settings below, named with underscores; the command line wins.
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Where proposers and consumers connect [default: 127.0.0.1:5454]
+    #[arg(long, value_name = "HOST:PORT")]
+    listen: Option<String>,
+    /// Where metrics and status are served [default: 127.0.0.1:7676]
+    #[arg(long, value_name = "HOST:PORT")]
+    http: Option<String>,
+    /// Listen beyond loopback though nobody is authenticated.
+    #[arg(long)]
+    trust_network: bool,
+    /// Connections at a time [default: 100]
+    #[arg(long, value_name = "N")]
+    max_connections: Option<i64>,
+    /// WAL kept below commit_lsn that nobody connected needs [default: 1GB]
+    #[arg(long, value_name = "SIZE")]
+    wal_keep_size: Option<String>,
+    /// A consumer silent for longer is dropped; 0 waits for ever [default: 60s]
+    #[arg(long, value_name = "TIME")]
+    wal_sender_timeout: Option<String>,
+    /// [default: text]
+    #[arg(long)]
+    log_format: Option<LogFormat>,
+    /// error, warn, info, debug or trace [default: info]
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
+}
+
+#[derive(Debug, Args)]
+struct StatusArguments {
+    /// HTTP addresses of safekeepers.
+    #[arg(value_name = "HOST:PORT", default_value = DEFAULT_HTTP)]
+    addresses: Vec<String>,
+    #[arg(long, value_enum, default_value_t = OutputFormat::Table)]
+    output: OutputFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum OutputFormat {
+    Table,
+    Json,
+}
+
+/// Why the command failed, and the exit code that says so.
+#[derive(Debug)]
+pub struct Failure {
+    pub code: u8,
+    pub message: String,
+}
+
+impl Failure {
+    fn failed(error: impl Display) -> Failure {
+        Failure {
+            code: 1,
+            message: error.to_string(),
+        }
+    }
+
+    fn usage(error: impl Display) -> Failure {
+        Failure {
+            code: 2,
+            message: error.to_string(),
+        }
+    }
+}
+
+pub fn run(arguments: Arguments) -> Result<(), Failure> {
+    match arguments.command {
+        Command::Init { data_dir, id } => init(&data_dir, id),
+        Command::Run(arguments) => run_daemon(&arguments),
+        Command::Status(arguments) => show(&arguments, status_table),
+        Command::Members(arguments) => show(&arguments, members_table),
+    }
+}
+
+fn init(data_dir: &Path, id: u64) -> Result<(), Failure> {
+    let incarnation = random_incarnation().map_err(Failure::failed)?;
+    DataDir::init(data_dir, MemberId(id), incarnation).map_err(Failure::failed)?;
+    print(&format!(
+        "made {} for safekeeper {id}, incarnation {incarnation}\n",
+        data_dir.display()
+    ))
+}
+
+fn config_of(arguments: &RunArguments) -> Result<Config, Failure> {
+    let mut config = match &arguments.config {
+        Some(path) => Config::from_file(path).map_err(Failure::usage)?,
+        None => Config::default(),
+    };
+    let text = |value: &Option<String>| value.clone().map(toml::Value::from);
+    let log_format = arguments.log_format.map(|format| match format {
+        LogFormat::Text => "text".into(),
+        LogFormat::Json => "json".into(),
+    });
+    for (name, value) in [
+        ("listen", text(&arguments.listen)),
+        ("http", text(&arguments.http)),
+        (
+            "trust_network",
+            arguments.trust_network.then(|| true.into()),
+        ),
+        (
+            "max_connections",
+            arguments.max_connections.map(toml::Value::from),
+        ),
+        ("wal_keep_size", text(&arguments.wal_keep_size)),
+        ("wal_sender_timeout", text(&arguments.wal_sender_timeout)),
+        ("log_format", log_format),
+        ("log_level", text(&arguments.log_level)),
+    ] {
+        if let Some(value) = value {
+            config.set(name, value).map_err(Failure::usage)?;
+        }
+    }
+    config.addresses().map_err(Failure::usage)?;
+    Ok(config)
+}
+
+fn run_daemon(arguments: &RunArguments) -> Result<(), Failure> {
+    let config = config_of(arguments)?;
+    logging::start(config.log_format, config.log_level);
+    abort_on_panic();
+    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(Failure::failed)?;
+    log::info!("starting version={} {config:?}", env!("CARGO_PKG_VERSION"));
+    let data_dir = DataDir::open(&arguments.data_dir).map_err(Failure::failed)?;
+    let server = Server::start(data_dir, config).map_err(Failure::failed)?;
+    if let Some(signal) = signals.forever().next() {
+        let name = if signal == SIGTERM {
+            "SIGTERM"
+        } else {
+            "SIGINT"
+        };
+        log::info!("received {name}");
+    }
+    server.stop();
+    Ok(())
+}
+
+/// An assert that kills one thread and leaves the others answering is worse than none.
+fn abort_on_panic() {
+    std::panic::set_hook(Box::new(|panic| {
+        let thread = std::thread::current();
+        let backtrace = std::backtrace::Backtrace::force_capture();
+        log::error!(
+            "panic, the process ends: {panic} thread={}\n{backtrace}",
+            thread.name().unwrap_or("?")
+        );
+        std::process::abort();
+    }));
+}
+
+fn show(
+    arguments: &StatusArguments,
+    table: impl Fn(&[(String, Status)]) -> String,
+) -> Result<(), Failure> {
+    let mut statuses = Vec::new();
+    let mut failure = None;
+    for address in &arguments.addresses {
+        match fetch(address) {
+            Ok(status) => statuses.push((address.clone(), status)),
+            Err(one) => {
+                eprintln!("safekeeper: {}", one.message);
+                failure = Some(one);
+            }
+        }
+    }
+    match arguments.output {
+        OutputFormat::Table if statuses.is_empty() => {}
+        OutputFormat::Table => print(&table(&statuses))?,
+        OutputFormat::Json => {
+            let list: Vec<_> = statuses
+                .iter()
+                .map(|(address, status)| serde_json::json!({"address": address, "status": status}))
+                .collect();
+            let json = serde_json::to_string_pretty(&list).map_err(Failure::failed)?;
+            print(&(json + "\n"))?;
+        }
+    }
+    match failure {
+        None => Ok(()),
+        Some(one) => Err(Failure {
+            code: one.code,
+            message: format!(
+                "{} of {} safekeepers answered",
+                statuses.len(),
+                arguments.addresses.len()
+            ),
+        }),
+    }
+}
+
+fn fetch(address: &str) -> Result<Status, Failure> {
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .timeout_global(Some(STATUS_TIMEOUT))
+        .proxy(None)
+        .build()
+        .into();
+    let failure = |error: ureq::Error| Failure {
+        code: match &error {
+            ureq::Error::ConnectionFailed | ureq::Error::Io(_) => 3,
+            _ => 1,
+        },
+        message: format!("no status from {address}: {error}"),
+    };
+    let mut response = agent
+        .get(format!("http://{address}/v1/status"))
+        .call()
+        .map_err(failure)?;
+    let body = response.body_mut().with_config().limit(STATUS_LEN_MAX);
+    body.read_json().map_err(failure)
+}
+
+/// To stdout; a reader that has seen enough is no failure.
+fn print(text: &str) -> Result<(), Failure> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Failure::failed(error)),
+        _ => Ok(()),
+    }
+}

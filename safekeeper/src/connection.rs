@@ -1,0 +1,341 @@
+//! One connection: the handshake, then commands, one after another.
+//!
+//! ```text
+//!   SSLRequest / GSSENCRequest ─► 'N', any number of times
+//!   startup packet ─► AuthenticationOk, parameters, ReadyForQuery      within 10 s altogether
+//!   'Q' command    ─► result or error, ReadyForQuery                   again and again
+//!   'X', the end of the stream, or a fatal error
+//! ```
+//!
+//! Between commands a peer may be silent for as long as it likes, as with a primary; TCP notices
+//! when its host is gone. Inside a message it may not: one that has begun must arrive within a
+//! minute. So no peer holds a thread for nothing.
+//!
+//! SCRAM will stand where AuthenticationOk is sent now; until then only those who can reach the
+//! port are kept out (see config.rs). Not here: what a proposer and a consumer say to each other
+//! after their command (receive_wal.rs, send_wal.rs).
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::pgwire::{
+    ConnectionError, ErrorReport, Filled, Input, LEN_MAX_UNAUTHENTICATED, Output, Wait,
+};
+use crate::replication_command::{ReplicationCommand, parse};
+use crate::server::Shared;
+use crate::startup::{Opening, Startup, next_opening};
+use crate::{receive_wal, send_wal};
+
+/// The handshake takes a round trip or two; who needs longer is not there.
+const STARTUP_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Longest silence inside a message, and longest wait for a peer to take what we send.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Longest command text, in bytes.
+const COMMAND_LEN_MAX: usize = LEN_MAX_UNAUTHENTICATED;
+
+/// Milliseconds since the process started, of a clock that never goes back.
+#[derive(Clone, Copy, Debug)]
+pub struct Clock(Instant);
+
+impl Clock {
+    pub fn start() -> Clock {
+        Clock(Instant::now())
+    }
+
+    pub fn now_ms(&self) -> u64 {
+        u64::try_from(self.0.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+#[derive(Debug)]
+pub struct Connection {
+    pub socket: TcpStream,
+    pub input: Input,
+    pub output: Output,
+    pub clock: Clock,
+    pub startup: Startup,
+    pub shared: Arc<Shared>,
+    id: u64,
+    peer: SocketAddr,
+}
+
+impl Connection {
+    /// `id` is never used again while the process runs.
+    pub fn new(socket: TcpStream, peer: SocketAddr, id: u64, shared: Arc<Shared>) -> Connection {
+        Connection {
+            socket,
+            input: Input::default(),
+            output: Output::default(),
+            clock: shared.clock,
+            startup: Startup::default(),
+            shared,
+            id,
+            peer,
+        }
+    }
+
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    pub fn peer(&self) -> SocketAddr {
+        self.peer
+    }
+
+    /// Serve the peer until it leaves or must.
+    pub fn run(mut self) {
+        let ended = self.serve();
+        let report = match ended {
+            Ok(()) => return,
+            Err(_) if self.shared.is_stopping() => ErrorReport::new(
+                "57P01",
+                "terminating connection due to administrator command",
+            ),
+            Err(ConnectionError::Lost(error)) => {
+                log::debug!("connection lost from={} ({error})", self.peer);
+                return;
+            }
+            Err(ConnectionError::Command(report) | ConnectionError::Fatal(report)) => {
+                let detail = report.detail.as_deref().unwrap_or("");
+                log::warn!(
+                    "connection ended: {} {detail} sqlstate={} from={} application_name={}",
+                    report.message,
+                    report.sqlstate,
+                    self.peer,
+                    self.startup.application_name
+                );
+                report
+            }
+        };
+        self.output.error("FATAL", &report);
+        // The peer may be gone already, and this was the last thing to say.
+        let _ = self.output.send(&self.socket);
+        self.discard_input();
+    }
+
+    /// To close a socket with unread input makes the kernel throw away what the peer has not yet
+    /// read of our last words. So say that nothing more comes, and read for a moment.
+    fn discard_input(&mut self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Write);
+        let deadline = Instant::now() + Duration::from_secs(1);
+        while let Some(left) = deadline.checked_duration_since(Instant::now())
+            && !left.is_zero()
+            && self.socket.set_read_timeout(Some(left)).is_ok()
+        {
+            self.input.discard();
+            match self.input.fill(&self.socket, Wait::Yes) {
+                Ok(Filled::Some) => {}
+                _ => return,
+            }
+        }
+    }
+
+    fn serve(&mut self) -> Result<(), ConnectionError> {
+        self.socket.set_nodelay(true)?;
+        self.socket.set_write_timeout(Some(STALL_TIMEOUT))?;
+        let deadline = Instant::now() + STARTUP_TIMEOUT;
+        let Some(startup) = self.handshake(deadline)? else {
+            return Ok(());
+        };
+        self.startup = startup;
+        self.greet()?;
+        self.socket.set_read_timeout(Some(STALL_TIMEOUT))?;
+        self.run_commands()
+    }
+
+    /// None: the peer only wanted something cancelled.
+    fn handshake(&mut self, deadline: Instant) -> Result<Option<Startup>, ConnectionError> {
+        loop {
+            match next_opening(&mut self.input).map_err(ConnectionError::Fatal)? {
+                Some(Opening::Startup(startup)) => return Ok(Some(startup)),
+                Some(Opening::Cancel) => return Ok(None),
+                Some(Opening::Encryption) => {
+                    // Neither TLS nor GSSAPI yet; the peer decides whether to go on without.
+                    io::Write::write_all(&mut &self.socket, b"N")?;
+                }
+                None => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    if left.is_zero() {
+                        return Err(ConnectionError::Fatal(ErrorReport::new(
+                            "08006",
+                            "startup packet did not arrive in time",
+                        )));
+                    }
+                    self.socket.set_read_timeout(Some(left))?;
+                    if self.input.fill(&self.socket, Wait::Yes)? == Filled::Closed {
+                        return Err(closed().into());
+                    }
+                }
+            }
+        }
+    }
+
+    /// What a server says when a session begins. Clients look for these settings; the version is
+    /// that of the cluster they are going to stream from.
+    fn greet(&mut self) -> Result<(), ConnectionError> {
+        let choice = self.shared.clusters.choose(self.startup.cluster.as_deref());
+        let pg_major = match (&choice, &self.startup.cluster) {
+            (Ok(keeper), _) => keeper.cluster().pg_major,
+            (Err(report), Some(_)) => return Err(ConnectionError::Fatal(report.clone())),
+            // Several or none: a proposer does not mind, and a consumer is told at its command.
+            (Err(_), None) => safekeeper_wal::PgVersion::ALL[0].major(),
+        };
+        let output = &mut self.output;
+        if self.startup.negotiate {
+            output.negotiate_protocol_version(&self.startup.unrecognized);
+        }
+        output.authentication_ok();
+        for (name, value) in [
+            ("server_version", format!("{pg_major}.0").as_str()),
+            ("server_encoding", "UTF8"),
+            ("client_encoding", "UTF8"),
+            ("application_name", &self.startup.application_name),
+            ("is_superuser", "off"),
+            ("session_authorization", &self.startup.user),
+            ("DateStyle", "ISO, MDY"),
+            ("IntervalStyle", "postgres"),
+            ("TimeZone", "UTC"),
+            ("integer_datetimes", "on"),
+            ("standard_conforming_strings", "on"),
+            ("default_transaction_read_only", "off"),
+            ("in_hot_standby", "off"),
+        ] {
+            output.parameter_status(name, value);
+        }
+        // Nothing here can be cancelled, so the key opens nothing.
+        output.backend_key_data(std::process::id(), self.id as u32);
+        output.ready_for_query();
+        self.send()
+    }
+
+    fn run_commands(&mut self) -> Result<(), ConnectionError> {
+        // After an error in the extended protocol everything is skipped up to a Sync.
+        let mut skipping = false;
+        loop {
+            self.wait_for_frame(COMMAND_LEN_MAX)?;
+            let next = self.input.next_frame(COMMAND_LEN_MAX);
+            let Some(frame) = next.map_err(ConnectionError::Fatal)? else {
+                continue;
+            };
+            match frame.tag {
+                b'X' => return Ok(()),
+                b'S' => {
+                    skipping = false;
+                    self.output.ready_for_query();
+                }
+                _ if skipping => {}
+                b'Q' => {
+                    let command = command_of(frame.body);
+                    match command.and_then(|command| self.run_command(command)) {
+                        Ok(After::Ready) => {}
+                        Ok(After::End) => return Ok(()),
+                        Err(ConnectionError::Command(report)) => {
+                            log::debug!("command failed: {} from={}", report.message, self.peer);
+                            self.output.error("ERROR", &report);
+                        }
+                        Err(error) => return Err(error),
+                    }
+                    self.output.ready_for_query();
+                }
+                b'P' | b'B' | b'D' | b'E' | b'C' | b'F' | b'H' => {
+                    let function_call = frame.tag == b'F';
+                    self.output.error(
+                        "ERROR",
+                        &ErrorReport::protocol(
+                            "extended query protocol not supported in a replication connection",
+                        ),
+                    );
+                    // A function call has no Sync after it.
+                    skipping = !function_call;
+                    if function_call {
+                        self.output.ready_for_query();
+                    }
+                }
+                // Left over from a copy that ended with an error.
+                b'd' | b'c' | b'f' => {}
+                tag => {
+                    return Err(ConnectionError::Fatal(ErrorReport::protocol(format!(
+                        "invalid frontend message type 0x{tag:02x}"
+                    ))));
+                }
+            }
+            self.send()?;
+        }
+    }
+
+    fn run_command(&mut self, command: ReplicationCommand) -> Result<After, ConnectionError> {
+        let shared = self.shared.clone();
+        match command {
+            ReplicationCommand::Empty => self.output.empty_query(),
+            ReplicationCommand::StartWalPush => {
+                receive_wal::receive(self, &shared.clusters)?;
+                return Ok(After::End);
+            }
+            command => {
+                let keeper = shared
+                    .clusters
+                    .choose(self.startup.cluster.as_deref())
+                    .map_err(ConnectionError::Command)?;
+                send_wal::run_command(self, &keeper, command)?;
+            }
+        }
+        Ok(After::Ready)
+    }
+
+    pub fn send(&mut self) -> Result<(), ConnectionError> {
+        if self.output.is_empty() {
+            return Ok(());
+        }
+        Ok(self.output.send(&self.socket)?)
+    }
+
+    /// Sleep until something new has arrived, unless there is something already. A message that
+    /// stays incomplete for [`STALL_TIMEOUT`] ends the connection.
+    pub fn wait_for_frame(&mut self, len_max: usize) -> Result<(), ConnectionError> {
+        while !self
+            .input
+            .has_frame(len_max)
+            .map_err(ConnectionError::Fatal)?
+        {
+            match self.input.fill(&self.socket, Wait::Yes)? {
+                Filled::Some => {}
+                Filled::Closed => return Err(closed().into()),
+                Filled::Nothing if self.input.is_inside_frame() => {
+                    return Err(ConnectionError::Fatal(ErrorReport::new(
+                        "08006",
+                        "the rest of a message did not arrive in time",
+                    )));
+                }
+                Filled::Nothing => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What follows a command.
+enum After {
+    Ready,
+    /// The connection is used up.
+    End,
+}
+
+/// The command of a Query message: text and a zero byte.
+fn command_of(body: &[u8]) -> Result<ReplicationCommand, ConnectionError> {
+    let text = body.strip_suffix(&[0]).ok_or_else(|| {
+        ConnectionError::Fatal(ErrorReport::protocol("query text is not terminated"))
+    })?;
+    let text = std::str::from_utf8(text).map_err(|_| {
+        ConnectionError::Command(ErrorReport::new("22021", "query text is not valid UTF-8"))
+    })?;
+    parse(text).map_err(ConnectionError::Command)
+}
+
+/// The peer has closed its side.
+pub fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer")
+}

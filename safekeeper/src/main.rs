@@ -1,0 +1,20 @@
+//! The command `safekeeper`: arguments, logger, panic hook, signals, exit code.
+//!
+//! Exit codes: 0 ok, 1 failed, 2 wrong usage, 3 not running.
+
+mod cli;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    let arguments = cli::Arguments::parse();
+    match cli::run(arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("safekeeper: {}", failure.message);
+            ExitCode::from(failure.code)
+        }
+    }
+}
