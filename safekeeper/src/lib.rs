@@ -5,11 +5,13 @@
 // What is on disk.
 pub mod control_file;
 pub mod disk;
+pub mod dump;
 pub mod identity;
 mod prepare;
 mod recovery;
 pub mod segment;
 mod timeline_files;
+pub mod verify;
 pub mod wal_reader;
 pub mod wal_storage;
 

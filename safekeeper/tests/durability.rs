@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 use fault_disk::FaultDisk;
 use log::{LogDir, SEGMENT, START, history, wal_from};
 use safekeeper::control_file::{ControlFile, read_state};
+use safekeeper::dump::dump;
+use safekeeper::verify::verify;
 use safekeeper::wal_reader::ReadError;
 use safekeeper::wal_storage::{OpenError, TruncateError, WalStorage, WriteError};
 use safekeeper_protocol::{Lsn, Term, TimelineFile, Tli};
@@ -190,17 +192,15 @@ fn damaged_wal_is_refused_and_the_log_goes_on() {
         let flushed = storage.flush().unwrap();
         match storage.write(Tli(1), begin, &damaged) {
             Err(WriteError::Damaged(_)) => assert_eq!(storage.write_lsn(), begin),
-            // The checksum stands in another part: it is noticed there. Here we begin again.
+            // The checksum stands in another part, where it would be noticed. The record begins
+            // again here, and comes sound.
             Ok(()) => {
                 assert!(storage.flush().unwrap() <= begin + at as u64);
                 storage.truncate(Tli(1), storage.flush_lsn()).unwrap();
+                let end = begin + part.len() as u64;
                 let begin = storage.write_lsn();
-                let again = begin.saturating_distance_from(START) as usize;
-                let upto = (begin + part.len() as u64).min(wal.position());
-                let upto = (upto - START) as usize;
-                storage
-                    .write(Tli(1), begin, &wal.bytes()[again..upto])
-                    .unwrap();
+                let again = &wal.bytes_from(begin)[..(end - begin) as usize];
+                storage.write(Tli(1), begin, again).unwrap();
                 continue;
             }
             Err(error) => panic!("{error}"),
@@ -593,6 +593,86 @@ fn a_reader_may_begin_in_the_zeros_behind_a_switch() {
     }
     let storage = dir.open();
     assert_eq!(storage.flush_lsn(), wal.position());
+}
+
+#[test]
+fn verify_and_dump_tell_sound_from_broken_and_write_nothing() {
+    let mut dir = LogDir::new();
+    dir.make_data_dir();
+    let mut wal = mixed_wal(12);
+    let switch = wal.position();
+    dir.hold(&wal);
+    let mut storage = dir.open();
+    wal.set_tli(2);
+    wal.noop(1_500_000);
+    storage
+        .write(Tli(2), switch, wal.bytes_from(switch))
+        .unwrap();
+    storage.flush().unwrap();
+    storage.prepare_in_background().unwrap();
+    dir.state.history = history(&[(1, START), (2, switch)]);
+    dir.state.commit_lsn = wal.position();
+    dir.persist();
+    let path = dir.temp.path();
+
+    // With the log open.
+    let report = verify(path).unwrap();
+    assert!(report.is_sound(), "{report}");
+    let cluster = &report.clusters[0];
+    assert_eq!(
+        (cluster.begin_lsn, cluster.end_lsn),
+        (START, wal.position())
+    );
+    drop(storage);
+    let dumped = |dir: &LogDir| {
+        let mut out = Vec::new();
+        dump(dir.temp.path(), &mut out).unwrap();
+        String::from_utf8(out).unwrap()
+    };
+    let before = dir.files();
+    let text = dumped(&dir);
+    assert!(
+        text.contains("cluster 77 \"main\": PostgreSQL 15, segments of 1MB"),
+        "{text}"
+    );
+    assert!(
+        text.contains(&format!("WAL ends at {}", wal.position())),
+        "{text}"
+    );
+
+    // A flipped byte anywhere, also far below commit_lsn and in the older timeline's copy.
+    let mut random = Random(11);
+    for _ in 0..25 {
+        let lsn = START + random.below(switch - START);
+        if lsn.0 % 8192 == 2 {
+            continue;
+        }
+        dir.flip(lsn);
+        let report = verify(path).unwrap();
+        assert!(!report.is_sound(), "{lsn}");
+        assert!(dumped(&dir).contains(&dir.segment_names()[0]));
+        dir.flip(lsn);
+    }
+    assert!(verify(path).unwrap().is_sound());
+    let name = dir.segment_names()[1].clone();
+    let segment = dir.wal_dir().join(&name);
+    let bytes = std::fs::read(&segment).unwrap();
+    std::fs::remove_file(&segment).unwrap();
+    let report = verify(path).unwrap();
+    assert!(!report.is_sound(), "{report}");
+    std::fs::write(&segment, bytes).unwrap();
+    assert_eq!(dir.files(), before);
+
+    let control = path.join("77/control");
+    let mut bytes = std::fs::read(&control).unwrap();
+    bytes[30] ^= 1;
+    std::fs::write(&control, bytes).unwrap();
+    let report = verify(path).unwrap();
+    assert!(
+        report.to_string().contains("PROBLEM: control file"),
+        "{report}"
+    );
+    assert!(dumped(&dir).contains("is damaged"));
 }
 
 #[test]

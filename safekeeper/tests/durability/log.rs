@@ -7,10 +7,13 @@ use std::sync::Arc;
 
 use safekeeper::control_file::{ControlFile, wal_dir};
 use safekeeper::disk::{Disk, RealDisk};
+use safekeeper::identity::DataDir;
 use safekeeper::segment::wal_format;
 use safekeeper::wal_reader::{ReadError, WalReader};
 use safekeeper::wal_storage::{OpenError, WalStorage};
-use safekeeper_protocol::{AcceptorState, ClusterIdentity, Lsn, Term, TermEntry, TermHistory, Tli};
+use safekeeper_protocol::{
+    AcceptorState, ClusterIdentity, Incarnation, Lsn, MemberId, Term, TermEntry, TermHistory, Tli,
+};
 use safekeeper_wal::synthetic::WalBuilder;
 
 pub const SYSTEM_ID: u64 = 77;
@@ -84,6 +87,23 @@ impl LogDir {
             .write(Tli(1), wal.start(), wal.bytes())
             .expect("sound WAL");
         storage.flush().expect("a flush");
+    }
+
+    /// Gives the directory an identity, as `init` does.
+    pub fn make_data_dir(&self) {
+        let made = self.temp.path().join("made");
+        DataDir::init(&made, MemberId(1), Incarnation(5)).expect("an empty directory");
+        let identity = "safekeeper.identity";
+        let to = self.temp.path().join(identity);
+        std::fs::rename(made.join(identity), to).expect("a move");
+        std::fs::remove_dir(made).expect("it is empty");
+    }
+
+    /// Writes `state` to the control file.
+    pub fn persist(&self) {
+        let opened = ControlFile::open(self.disk.clone(), SYSTEM_ID);
+        let (mut control, _) = opened.expect("the control file");
+        control.persist(&self.state).expect("persisted");
     }
 
     pub fn wal_dir(&self) -> PathBuf {
