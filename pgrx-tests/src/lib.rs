@@ -133,11 +133,13 @@ impl Cluster {
         }
     }
 
-    /// One column of one member's row in `pg_stat_safekeeper`.
+    /// One column of one member's row in `pg_stat_safekeeper`, found by its port: who listens
+    /// there may not be known yet.
     #[track_caller]
     pub fn member(&self, id: u64, column: &str) -> String {
+        let port = self.safekeepers[id as usize - 1].address().port();
         self.primary.value(&format!(
-            "select {column} from pg_stat_safekeeper where id = {id}"
+            "select {column} from pg_stat_safekeeper where port = {port}"
         ))
     }
 

@@ -345,10 +345,11 @@ fn wal_with_a_flipped_bit_is_refused() {
     };
     wait_until("the safekeeper refuses it", SOON, || damaged() == Some(1));
     wait_until("the view shows it", SOON, || {
-        let row = cluster
-            .primary
-            .sql("select reconnects, last_error from pg_stat_safekeeper where id = 3");
-        row[0][0].as_deref() != Some("0") && row[0][1].is_some()
+        let port = link.address().port();
+        let query =
+            format!("select reconnects, last_error from pg_stat_safekeeper where port = {port}");
+        let row = cluster.primary.sql(&query).remove(0);
+        row[0].as_deref() != Some("0") && row[1].is_some()
     });
     cluster.wait_streaming(3);
     let end = cluster.wait_all_caught_up(SOON);

@@ -44,7 +44,7 @@ fn a_primary_that_stood_still_gets_nothing_acknowledged_after_another_led() {
         let query = "select state, last_error from pg_stat_walproposer";
         let rows = cluster.primary.try_sql(query).unwrap_or_default();
         rows.first()
-            .is_some_and(|row| row[0].as_deref() != Some("streaming") && row[1].is_some())
+            .is_some_and(|row| row[0].as_deref() != Some("leading") && row[1].is_some())
     });
     assert_eq!(cluster.primary.value("select count(*) from t"), "1");
 
