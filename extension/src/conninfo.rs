@@ -1,0 +1,205 @@
+//! What all connections to safekeepers have in common: `walproposer.conninfo`, in libpq's words.
+//!
+//! ```text
+//!   user=walproposer connect_timeout=5
+//! ```
+//!
+//! `keyword=value`, separated by blanks; a value with blanks stands in single quotes, and in it
+//! `\'` and `\\` are a quote and a backslash, as libpq reads it. (`interfaces/libpq/fe-connect.c`)
+//!
+//! A word that this version would not act upon is an error: `sslmode=require` on a connection that
+//! is not encrypted would be a lie. So are words that libpq doesn't know, and words given twice.
+
+use std::time::Duration;
+
+/// How to connect.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Conninfo {
+    /// `None`: the name of the operating system's user, as libpq does it.
+    pub user: Option<String>,
+    /// For each address a host name resolves to, and again for the handshake.
+    pub connect_timeout: Duration,
+}
+
+/// Long enough for a slow handshake, short against an operator's patience.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+impl Default for Conninfo {
+    fn default() -> Conninfo {
+        Conninfo {
+            user: None,
+            connect_timeout: CONNECT_TIMEOUT,
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConninfoError {
+    #[error("missing \"=\" after \"{0}\"")]
+    NoValue(String),
+    #[error("the quoted value of \"{0}\" has no end")]
+    Unterminated(String),
+    #[error("unknown keyword \"{0}\"")]
+    Unknown(String),
+    #[error("keyword \"{0}\" is not supported by this version")]
+    NotSupported(String),
+    #[error("keyword \"{0}\" is given twice")]
+    Twice(String),
+    #[error("invalid value \"{value}\" of \"{keyword}\": {expected}")]
+    Invalid {
+        keyword: String,
+        value: String,
+        expected: &'static str,
+    },
+}
+
+/// Words of libpq that later versions will take.
+const NOT_YET: [&str; 7] = [
+    "password",
+    "passfile",
+    "sslrootcert",
+    "sslcert",
+    "sslkey",
+    "sslcrl",
+    "channel_binding",
+];
+
+pub fn parse_conninfo(text: &str) -> Result<Conninfo, ConninfoError> {
+    let mut conninfo = Conninfo::default();
+    let mut seen: Vec<String> = Vec::new();
+    let mut rest = text.trim_start();
+    while !rest.is_empty() {
+        let (keyword, value, after) = next_word(rest)?;
+        rest = after;
+        if seen.contains(&keyword) {
+            return Err(ConninfoError::Twice(keyword));
+        }
+        apply(&mut conninfo, &keyword, value)?;
+        seen.push(keyword);
+    }
+    Ok(conninfo)
+}
+
+fn apply(conninfo: &mut Conninfo, keyword: &str, value: String) -> Result<(), ConninfoError> {
+    let invalid = |value: String, expected| ConninfoError::Invalid {
+        keyword: keyword.to_owned(),
+        value,
+        expected,
+    };
+    match keyword {
+        "user" if value.is_empty() || value.contains('\0') => {
+            Err(invalid(value, "expected a name"))
+        }
+        "user" => {
+            conninfo.user = Some(value);
+            Ok(())
+        }
+        "connect_timeout" => {
+            let seconds = value
+                .parse()
+                .ok()
+                .filter(|seconds| (1..=3600).contains(seconds));
+            let seconds = seconds.ok_or_else(|| invalid(value, "expected 1 to 3600 seconds"))?;
+            conninfo.connect_timeout = Duration::from_secs(seconds);
+            Ok(())
+        }
+        // What these two ask for is what is done.
+        "sslmode" if matches!(value.as_str(), "disable" | "allow" | "prefer") => Ok(()),
+        "sslmode" => Err(invalid(
+            value,
+            "encryption is not supported by this version",
+        )),
+        _ if NOT_YET.contains(&keyword) => Err(ConninfoError::NotSupported(keyword.to_owned())),
+        _ => Err(ConninfoError::Unknown(keyword.to_owned())),
+    }
+}
+
+/// Splits `keyword = value` off the front: keyword, value and what follows.
+fn next_word(text: &str) -> Result<(String, String, &str), ConninfoError> {
+    let end = text
+        .find(|c: char| c == '=' || c.is_whitespace())
+        .unwrap_or(text.len());
+    let (keyword, rest) = text.split_at(end);
+    let keyword = keyword.to_owned();
+    let Some(rest) = rest.trim_start().strip_prefix('=') else {
+        return Err(ConninfoError::NoValue(keyword));
+    };
+    let rest = rest.trim_start();
+    let quoted = rest.strip_prefix('\'');
+    let body = quoted.unwrap_or(rest);
+    let mut value = String::new();
+    let mut chars = body.char_indices();
+    while let Some((at, c)) = chars.next() {
+        match c {
+            '\\' => value.extend(chars.next().map(|(_, escaped)| escaped)),
+            '\'' if quoted.is_some() => {
+                return Ok((keyword, value, body[at + 1..].trim_start()));
+            }
+            _ if quoted.is_none() && c.is_whitespace() => {
+                return Ok((keyword, value, body[at..].trim_start()));
+            }
+            _ => value.push(c),
+        }
+    }
+    match quoted {
+        Some(_) => Err(ConninfoError::Unterminated(keyword)),
+        None => Ok((keyword, value, "")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_read_as_libpq_reads_them() {
+        for (text, user, seconds) in [
+            ("", None, 10),
+            ("user=wp", Some("wp"), 10),
+            (" user = wp  connect_timeout=3 ", Some("wp"), 3),
+            ("user='w p\\'s \\\\'connect_timeout=3", Some("w p's \\"), 3),
+            ("user=a\\ b", Some("a b"), 10),
+            ("sslmode=disable", None, 10),
+        ] {
+            let got = parse_conninfo(text).expect(text);
+            assert_eq!(got.user.as_deref(), user, "{text}");
+            assert_eq!(got.connect_timeout, Duration::from_secs(seconds), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_would_not_be_acted_upon_is_an_error() {
+        for (text, want) in [
+            ("user", "missing \"=\" after \"user\""),
+            ("user=a b", "missing \"=\" after \"b\""),
+            ("user='a", "the quoted value of \"user\" has no end"),
+            ("usr=a", "unknown keyword \"usr\""),
+            ("=a", "unknown keyword \"\""),
+            ("host=a", "unknown keyword \"host\""),
+            ("user=a user=b", "keyword \"user\" is given twice"),
+            (
+                "passfile=/x",
+                "keyword \"passfile\" is not supported by this version",
+            ),
+            ("user=", "invalid value \"\" of \"user\": expected a name"),
+            (
+                "connect_timeout=0",
+                "invalid value \"0\" of \"connect_timeout\": expected 1 to 3600 seconds",
+            ),
+            (
+                "connect_timeout=x",
+                "invalid value \"x\" of \"connect_timeout\": expected 1 to 3600 seconds",
+            ),
+            (
+                "sslmode=require",
+                "invalid value \"require\" of \"sslmode\": encryption is not supported by this version",
+            ),
+        ] {
+            assert_eq!(
+                parse_conninfo(text).expect_err(text).to_string(),
+                want,
+                "{text}"
+            );
+        }
+    }
+}
