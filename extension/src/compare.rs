@@ -1,0 +1,66 @@
+//! Comparing the local log with the donor's, byte by byte, before a reign begins (design §4.4).
+//!
+//! The donor is read on a thread; each chunk that comes is held against the same bytes of `pg_wal`.
+//! What `pg_wal` no longer has is not compared: it was, when an earlier reign began.
+
+use safekeeper_protocol::{Compared, Lsn};
+
+use crate::donor::{Donor, DonorEvent};
+use crate::wal_source::{WalRead, WalSource};
+
+pub struct Comparison {
+    donor: Donor,
+}
+
+/// What came of looking at a comparison.
+pub enum ComparisonEvent {
+    /// Still going on.
+    Nothing,
+    Ended(Compared),
+    Panicked(String),
+}
+
+impl Comparison {
+    /// `donor` reads the stretch to compare.
+    pub fn new(donor: Donor) -> Comparison {
+        Comparison { donor }
+    }
+
+    pub fn poll(&self, source: &mut WalSource) -> ComparisonEvent {
+        while let Some(event) = self.donor.poll() {
+            match event {
+                DonorEvent::Chunk { begin_lsn, wal } => match differs(source, begin_lsn, &wal) {
+                    Ok(None) => {}
+                    Ok(Some(at)) => return ComparisonEvent::Ended(Compared::Differs { at }),
+                    Err(reason) => return unavailable(reason),
+                },
+                DonorEvent::Done => return ComparisonEvent::Ended(Compared::Equal),
+                DonorEvent::Failed(reason) => return unavailable(reason),
+                DonorEvent::Panicked(text) => return ComparisonEvent::Panicked(text),
+            }
+        }
+        ComparisonEvent::Nothing
+    }
+}
+
+fn unavailable(reason: String) -> ComparisonEvent {
+    ComparisonEvent::Ended(Compared::Unavailable { reason })
+}
+
+/// The first position at which the local log holds another byte.
+fn differs(source: &mut WalSource, begin_lsn: Lsn, wal: &[u8]) -> Result<Option<Lsn>, String> {
+    let mut local = vec![0; wal.len()];
+    match source.read(begin_lsn, &mut local) {
+        Ok(WalRead::Filled) => {
+            let at = local
+                .iter()
+                .zip(wal)
+                .position(|(ours, theirs)| ours != theirs);
+            Ok(at.map(|at| begin_lsn + at as u64))
+        }
+        Ok(WalRead::Gone) => Err(format!(
+            "local WAL from {begin_lsn} on was removed meanwhile"
+        )),
+        Err(error) => Err(error.to_string()),
+    }
+}

@@ -1,0 +1,205 @@
+//! Postgres as the rest of the extension sees it: what pgrx does not declare, and safe names for
+//! the calls that every module makes.
+//!
+//! All of this is for the main thread of a backend or worker only; pgrx panics elsewhere. A
+//! function of Postgres that raises an ERROR comes back as a panic, which ends the worker.
+//!
+//! Differences between major versions are kept here and in `wal_sender_slot.rs` and `slot.rs`.
+
+use std::ffi::{CStr, CString, OsStr, c_char, c_int};
+use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
+
+use pgrx::PgSqlErrorCode;
+use pgrx::pg_sys;
+use pgrx::pg_sys::elog::PgLogLevel;
+use pgrx::pg_sys::panic::ErrorReport;
+
+use safekeeper_protocol::Lsn;
+use safekeeper_wal::SegNo;
+
+/// Called after authentication was decided, before the client hears of it. (`libpq/auth.h`)
+#[expect(non_camel_case_types, reason = "Postgres's own name")]
+pub type ClientAuthentication_hook_type =
+    Option<unsafe extern "C-unwind" fn(port: *mut Port, status: c_int)>;
+
+unsafe extern "C-unwind" {
+    pub static mut ClientAuthentication_hook: ClientAuthentication_hook_type;
+
+    // pgrx wraps these two; as signal handlers they must be the bare functions.
+    pub fn SignalHandlerForShutdownRequest(signal: c_int);
+    pub fn SignalHandlerForConfigReload(signal: c_int);
+}
+
+/// The fields of a client's connection up to the last one that we look at. (`libpq/libpq-be.h`)
+#[repr(C)]
+pub struct Port {
+    sock: c_int,
+    noblock: bool,
+    proto: u32,
+    laddr: pg_sys::SockAddr,
+    raddr: pg_sys::SockAddr,
+    remote_host: *mut c_char,
+    remote_hostname: *mut c_char,
+    remote_hostname_resolv: c_int,
+    remote_hostname_errcode: c_int,
+    remote_port: *mut c_char,
+    #[cfg(not(feature = "pg18"))]
+    can_accept_connections: c_int,
+    database_name: *mut c_char,
+    user_name: *mut c_char,
+    cmdline_options: *mut c_char,
+    guc_options: *mut pg_sys::List,
+    /// As in the startup packet; null if it had none.
+    pub application_name: *mut c_char,
+}
+
+/// `STATUS_OK` of `c.h`.
+pub const STATUS_OK: c_int = 0;
+
+/// One line in the server's log, at level LOG.
+pub fn log(text: impl Into<String>) {
+    report(
+        PgLogLevel::LOG,
+        PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
+        text.into(),
+        "",
+    );
+}
+
+pub fn warning(text: impl Into<String>, hint: &str) {
+    report(
+        PgLogLevel::WARNING,
+        PgSqlErrorCode::ERRCODE_WARNING,
+        text.into(),
+        hint,
+    );
+}
+
+/// Ends this process, and the server if it is the postmaster.
+pub fn fatal(code: PgSqlErrorCode, text: impl Into<String>, hint: &str) -> ! {
+    report(PgLogLevel::FATAL, code, text.into(), hint);
+    unreachable!("FATAL does not return")
+}
+
+/// Ends the command, or the worker, which the postmaster starts again.
+pub fn error(code: PgSqlErrorCode, text: impl Into<String>, hint: &str) -> ! {
+    report(PgLogLevel::ERROR, code, text.into(), hint);
+    unreachable!("ERROR does not return")
+}
+
+fn report(level: PgLogLevel, code: PgSqlErrorCode, text: String, hint: &str) {
+    let report = ErrorReport::new(code, text, "walproposer");
+    if hint.is_empty() {
+        report.report(level);
+    } else {
+        report.set_hint(hint).report(level);
+    }
+}
+
+/// End of the WAL that is flushed here.
+pub fn flushed_lsn() -> Lsn {
+    // SAFETY: a null pointer says that the timeline is not wanted.
+    Lsn(unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) })
+}
+
+/// Where the next record will begin: behind a page header, if the last one filled its page.
+pub fn insert_lsn() -> Lsn {
+    // SAFETY: reads shared memory that every process is attached to.
+    Lsn(unsafe { pg_sys::GetXLogInsertRecPtr() })
+}
+
+/// Waits until the WAL up to `lsn`, which must have been inserted, is flushed.
+pub fn flush_wal(lsn: Lsn) {
+    // SAFETY: no critical section and no lock of ours is open.
+    unsafe { pg_sys::XLogFlush(lsn.0) }
+}
+
+/// Timeline on which this server writes.
+pub fn insertion_tli() -> u32 {
+    // SAFETY: reads shared memory; the worker runs after recovery only, as it demands.
+    unsafe { pg_sys::GetWALInsertionTimeLine() }
+}
+
+/// Number of the last segment that was removed or recycled since the server started, or 0.
+pub fn last_removed_segno() -> SegNo {
+    // SAFETY: reads shared memory under its spinlock.
+    unsafe { pg_sys::XLogGetLastRemovedSegno() }
+}
+
+pub fn system_id() -> u64 {
+    // SAFETY: reads the control file's copy in shared memory.
+    unsafe { pg_sys::GetSystemIdentifier() }
+}
+
+/// `wal_segment_size`, in bytes.
+pub fn wal_segment_size() -> u32 {
+    // SAFETY: set once, before any process of ours starts.
+    let size = unsafe { pg_sys::wal_segment_size };
+    u32::try_from(size).expect("Postgres keeps it between 1 MB and 1 GB")
+}
+
+/// Now, as Postgres counts: microseconds since 2000.
+pub fn timestamp() -> pg_sys::TimestampTz {
+    // SAFETY: asks the clock.
+    unsafe { pg_sys::GetCurrentTimestamp() }
+}
+
+/// 16 bytes that nobody can guess.
+pub fn random_u128() -> u128 {
+    let mut bytes = [0u8; 16];
+    // SAFETY: the pointer is valid for the length given.
+    if !unsafe { pg_sys::pg_strong_random(bytes.as_mut_ptr().cast(), bytes.len()) } {
+        error(
+            PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+            "could not generate random numbers",
+            "",
+        );
+    }
+    u128::from_be_bytes(bytes)
+}
+
+/// The value of a setting that may not exist yet, such as one that was read from the
+/// configuration file before its owner was loaded.
+pub fn setting(name: &CStr) -> Option<String> {
+    // SAFETY: missing settings are allowed; the text is copied before anything else happens.
+    unsafe {
+        let value = pg_sys::GetConfigOption(name.as_ptr(), true, false);
+        (!value.is_null()).then(|| CStr::from_ptr(value).to_string_lossy().into_owned())
+    }
+}
+
+/// Sets a setting for as long as the server runs: not even a reload changes it.
+pub fn pin_setting(name: &CStr, value: &str) {
+    let value = CString::new(value).expect("values of settings hold no zero byte");
+    // SAFETY: both texts end with a zero byte and are copied.
+    unsafe {
+        pg_sys::SetConfigOption(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_POSTMASTER,
+            pg_sys::GucSource::PGC_S_OVERRIDE,
+        );
+    }
+}
+
+/// The data directory, as an absolute path.
+pub fn data_directory() -> PathBuf {
+    // SAFETY: set once at start, a C string.
+    let path = unsafe { CStr::from_ptr(pg_sys::DataDir) };
+    PathBuf::from(OsStr::from_bytes(path.to_bytes()))
+}
+
+/// Name of the operating system's user, which libpq takes for the role if none is given.
+pub fn os_user() -> String {
+    // SAFETY: no other thread of this process asks for users; the entry is copied at once.
+    unsafe {
+        let entry = libc::getpwuid(libc::geteuid());
+        if entry.is_null() {
+            return "postgres".to_owned();
+        }
+        CStr::from_ptr((*entry).pw_name)
+            .to_string_lossy()
+            .into_owned()
+    }
+}

@@ -1,0 +1,235 @@
+//! The background worker: one process, whose main thread is the only one that calls Postgres.
+//!
+//! ```text
+//!   take a WAL sender slot ──► turn ──► sleep until: latch (WAL was flushed, a signal),
+//!     (wait for a free one)     ▲        a socket, a thread, the next time-out
+//!                               └──────────┘
+//! ```
+//!
+//! How it ends:
+//!
+//! | | |
+//! |---|---|
+//! | shutdown of the server | goes on while sessions are there, for their commits; at most `shutdown_timeout` |
+//! | SIGTERM without a shutdown | at once |
+//! | an ERROR, a panic of a thread | at once |
+//! | the postmaster dies | at once |
+//!
+//! It ends with status 1, whereupon the postmaster starts it again after a second, unless it is
+//! shutting down. The new one stands for election again; commits wait meanwhile.
+
+use std::ffi::{CStr, c_char};
+use std::time::{Duration, Instant};
+
+use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
+
+use crate::postgres;
+use crate::pusher::Pusher;
+use crate::settings::{self, settings};
+use crate::shmem::{self, Status};
+use crate::threads::waker;
+use crate::wait_set::WaitSet;
+use crate::wal_sender_slot::{APPLICATION_NAME, WalSenderSlot, count_others};
+
+const NAME: &CStr = c"walproposer";
+const ENTRY: &CStr = c"walproposer_main";
+
+/// An ended worker is started again after so many seconds: the least Postgres knows.
+const RESTART_SECONDS: i32 = 1;
+/// While waiting for a WAL sender slot, and at shutdown for sessions: neither wakes us.
+const POLL_MS: u64 = 50;
+
+/// From `_PG_init` in the postmaster.
+pub fn register() {
+    let mut worker = pg_sys::BackgroundWorker {
+        bgw_flags: (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION)
+            as i32,
+        bgw_start_time: pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished,
+        bgw_restart_time: RESTART_SECONDS,
+        ..Default::default()
+    };
+    copy_name(&mut worker.bgw_name, NAME);
+    copy_name(&mut worker.bgw_type, NAME);
+    copy_name(&mut worker.bgw_library_name, NAME);
+    copy_name(&mut worker.bgw_function_name, ENTRY);
+    // SAFETY: Postgres copies the structure.
+    unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
+}
+
+/// The rest of `field` stays zero.
+fn copy_name(field: &mut [c_char], name: &CStr) {
+    for (to, from) in field.iter_mut().zip(name.to_bytes()) {
+        *to = from.cast_signed();
+    }
+}
+
+/// Entry of the worker's process.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
+    prepare_process();
+    let settings = settings();
+    let Some(wal_sender) = take_wal_sender_slot() else {
+        end();
+    };
+    let (waker, wake_receiver) = match waker() {
+        Ok(pair) => pair,
+        Err(error) => postgres::error(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+            format!("could not create a socket pair: {error}"),
+            "",
+        ),
+    };
+    let mut wait_set = WaitSet::new(wake_receiver.fd());
+    let mut pusher = Pusher::new(&settings, wal_sender, waker);
+    let mut shutdown: Option<Instant> = None;
+    let mut readable = Vec::new();
+    loop {
+        // Before looking at anything: what happens from here on wakes us.
+        reset_latch();
+        wake_receiver.clear();
+        check_for_interrupts!();
+        if take_reload_request() {
+            reload(&pusher);
+        }
+        pusher.turn(&readable);
+        if shutdown_requested() {
+            let since = *shutdown.get_or_insert_with(|| begin_shutdown(&mut pusher));
+            if may_end(since) {
+                end();
+            }
+        }
+        let limit = if shutdown.is_some() {
+            POLL_MS
+        } else {
+            u64::MAX
+        };
+        readable = wait_set.wait(&pusher.sockets(), pusher.idle_ms().min(limit));
+    }
+}
+
+fn prepare_process() {
+    // SAFETY: the first calls of a background worker, in the order Postgres expects. The handlers
+    // are Postgres's own: they set a flag and the latch. Without a database, so that the worker
+    // is listed in pg_stat_replication and holds no database up.
+    unsafe {
+        pg_sys::pqsignal(
+            libc::SIGTERM,
+            Some(postgres::SignalHandlerForShutdownRequest),
+        );
+        pg_sys::pqsignal(libc::SIGHUP, Some(postgres::SignalHandlerForConfigReload));
+        pg_sys::BackgroundWorkerUnblockSignals();
+        pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
+        // Commits wait for the standby of this name.
+        pg_sys::SetConfigOption(
+            c"application_name".as_ptr(),
+            APPLICATION_NAME.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+        );
+    }
+}
+
+/// Waits for a free slot, and says so; `None` if told to stop.
+fn take_wal_sender_slot() -> Option<WalSenderSlot> {
+    let mut said_so = false;
+    loop {
+        if let Some(slot) = WalSenderSlot::take() {
+            return Some(slot);
+        }
+        if shutdown_requested() {
+            return None;
+        }
+        if !said_so {
+            said_so = true;
+            let reason = "all WAL sender slots are taken: waiting for one, and so do commits";
+            postgres::warning(reason, "Raise max_wal_senders, or disconnect a standby.");
+            let mut status = Box::new(Status::EMPTY);
+            status.state.set("waiting");
+            status.last_error.set(reason);
+            shmem::publish(&status);
+        }
+        sleep(POLL_MS);
+        check_for_interrupts!();
+    }
+}
+
+fn sleep(ms: u64) {
+    // SAFETY: our own latch.
+    unsafe {
+        let events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+        let ms = i64::try_from(ms).unwrap_or(i64::MAX);
+        pg_sys::WaitLatch(
+            pg_sys::MyLatch,
+            events as i32,
+            ms,
+            pg_sys::PG_WAIT_EXTENSION,
+        );
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+}
+
+fn reset_latch() {
+    // SAFETY: our own latch.
+    unsafe { pg_sys::ResetLatch(pg_sys::MyLatch) };
+}
+
+fn take_reload_request() -> bool {
+    // SAFETY: a flag that a signal handler of this thread sets.
+    unsafe { std::mem::replace(&mut *(&raw mut pg_sys::ConfigReloadPending), 0) != 0 }
+}
+
+fn reload(pusher: &Pusher) {
+    // SAFETY: outside a transaction, as Postgres's own workers do it.
+    unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
+    pusher.on_reload();
+}
+
+fn shutdown_requested() -> bool {
+    // SAFETY: a flag that a signal handler of this thread sets.
+    unsafe { pg_sys::ShutdownRequestPending != 0 }
+}
+
+/// The slot may be wanted by whoever sent the signal: a server that invalidates slots does so.
+fn begin_shutdown(pusher: &mut Pusher) -> Instant {
+    pusher.release_slot();
+    Instant::now()
+}
+
+/// At shutdown the sessions' commits want their answer, and sessions end when they have it.
+fn may_end(since: Instant) -> bool {
+    if !server_is_stopping() {
+        return true;
+    }
+    // SAFETY: counts under a lock of its own. We are among them, and so are real WAL senders,
+    // which end after us.
+    let backends = unsafe { pg_sys::CountDBBackends(pg_sys::InvalidOid) };
+    if backends - count_others() <= 1 {
+        return true;
+    }
+    let too_long =
+        since.elapsed() >= settings::shutdown_timeout().max(Duration::from_millis(POLL_MS));
+    if too_long {
+        postgres::log(
+            "sessions are left that the quorum has not confirmed; not waiting any longer",
+        );
+    }
+    too_long
+}
+
+/// The postmaster says so in its lock file, before it signals anybody. (`miscadmin.h`)
+fn server_is_stopping() -> bool {
+    const STATUS_LINE: usize = 8;
+    let lock_file = std::fs::read_to_string(postgres::data_directory().join("postmaster.pid"));
+    lock_file.is_ok_and(|text| {
+        text.lines()
+            .nth(STATUS_LINE - 1)
+            .is_some_and(|status| status.trim() == "stopping")
+    })
+}
+
+/// Status 1, so that the postmaster starts it again.
+fn end() -> ! {
+    // SAFETY: runs Postgres's exit callbacks, which give back what we hold.
+    unsafe { pg_sys::proc_exit(1) }
+}
