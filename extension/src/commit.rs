@@ -34,11 +34,7 @@ std::thread_local! {
 unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *mut c_void) {
     match event {
         XactEvent::XACT_EVENT_PRE_COMMIT | XactEvent::XACT_EVENT_PRE_PREPARE => before_commit(),
-        XactEvent::XACT_EVENT_COMMIT => {
-            if AWAITS_QUORUM.replace(false) {
-                after_commit();
-            }
-        }
+        XactEvent::XACT_EVENT_COMMIT if AWAITS_QUORUM.replace(false) => after_commit(),
         XactEvent::XACT_EVENT_ABORT | XactEvent::XACT_EVENT_PREPARE => AWAITS_QUORUM.set(false),
         _ => {}
     }

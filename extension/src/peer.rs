@@ -341,12 +341,10 @@ mod tests {
     #[test]
     fn pauses_double_up_to_a_bound_and_start_anew_after_a_good_connection() {
         let mut peer = peer(1);
-        let mut now_ms = 0;
-        for bound in [100, 200, 400, 800, 1600, 2000, 2000, 2000] {
+        for (now_ms, bound) in (0..).zip([100, 200, 400, 800, 1600, 2000, 2000, 2000]) {
             peer.close("refused", now_ms);
             let pause = peer.next_dial_ms() - now_ms;
             assert!((bound / 2..=bound).contains(&pause), "{pause} of {bound}");
-            now_ms += 1;
         }
         let (mut peer, _server) = connected();
         peer.failures = 9;

@@ -202,6 +202,7 @@ fn define_text(
 
 /// The reason why a value is refused.
 type Checked = Result<(), String>;
+type Check = fn(&str) -> Checked;
 
 fn safekeepers_are_valid(value: &str) -> Checked {
     parse_addresses(value)
@@ -238,7 +239,7 @@ fn slot_name_is_valid(value: &str) -> Checked {
 
 /// # Safety
 /// As a check hook: `new_value` points to a C string or null.
-unsafe fn check(new_value: *mut *mut c_char, is_valid: fn(&str) -> Checked) -> bool {
+unsafe fn check(new_value: *mut *mut c_char, is_valid: Check) -> bool {
     // SAFETY: see above.
     let value = unsafe {
         let value = *new_value;
@@ -279,7 +280,7 @@ check_hook!(check_slot_name, slot_name_is_valid);
 
 /// Before [`define`]: refuses to start with values that a check hook would only have warned of.
 pub fn check_values_in_file() {
-    let checks: [(&CStr, fn(&str) -> Checked); 4] = [
+    let checks: [(&CStr, Check); 4] = [
         (c"walproposer.safekeepers", safekeepers_are_valid),
         (c"walproposer.conninfo", conninfo_is_valid),
         (c"walproposer.cluster_name", cluster_name_is_valid),

@@ -176,7 +176,11 @@ fn reset_latch() {
 
 fn take_reload_request() -> bool {
     // SAFETY: a flag that a signal handler of this thread sets.
-    unsafe { std::mem::replace(&mut *(&raw mut pg_sys::ConfigReloadPending), 0) != 0 }
+    unsafe {
+        let pending = pg_sys::ConfigReloadPending != 0;
+        pg_sys::ConfigReloadPending = 0;
+        pending
+    }
 }
 
 fn reload(pusher: &Pusher) {
