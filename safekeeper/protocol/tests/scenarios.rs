@@ -3,8 +3,10 @@
 //! ```text
 //! # what the case is about
 //! cluster 3                         three safekeepers, 1 to 3, never configured
-//! start A [history=1@1000000] [end=1000100] [unled=1000080] [before-recovery]
-//!                                   a Postgres with this log, connected to every safekeeper
+//! start A [history=1@1000000,3/2@1000080] [end=1000100] [unled=1000080] [tli=2]
+//!         [before-recovery] [peers=1,2] [copy=B | like=2]
+//!                                   a Postgres with this log (term 3 is on timeline 2), connected
+//!                                   to the listed safekeepers; its bytes are B's, or those of 2
 //! insert A 20                       A's local log grows by so many (hexadecimal) bytes
 //! deliver A->2 [n]                  hand over what is on its way there, or the first n messages
 //! settle [quietly]                  deliver everything, and pull WAL, until nothing moves
@@ -13,6 +15,8 @@
 //! crash 2 / restart 2 / wipe 2      kill -9, what is flushed stays / make its directory anew
 //! stop A                            Postgres is gone
 //! differ A 1000080                  from now on A's comparison with a donor finds this difference
+//! unreadable A / readable A         A's comparison with a donor can't be made / can again
+//! hold 2 / flush 2                  2 flushes only when it must, or is told to / flushes from now on
 //! show                              state of everybody
 //! ```
 //!
@@ -59,14 +63,30 @@ struct Node {
     durable_bytes: Bytes,
     durable_end: Lsn,
     bytes: Bytes,
+    /// Flushes only when it must.
+    holds: bool,
 }
 
 struct Server {
     proposer: Proposer,
+    /// Safekeepers of its list, in order: a `PeerIdx` is a place in it.
+    peers: Vec<u64>,
     bytes: Bytes,
     end: Lsn,
     history: TermHistory,
     differ: Option<Lsn>,
+    unreadable: bool,
+}
+
+impl Server {
+    fn peer(&self, id: u64) -> PeerIdx {
+        let place = self.peers.iter().position(|peer| *peer == id);
+        PeerIdx(place.expect("a safekeeper of its list"))
+    }
+
+    fn id(&self, peer: PeerIdx) -> u64 {
+        self.peers[peer.0]
+    }
 }
 
 /// One connection, while it lasts. A session id is never used twice.
@@ -100,13 +120,14 @@ fn hex(text: &str) -> u64 {
     u64::from_str_radix(text, 16).unwrap_or_else(|_| panic!("{text:?} is no hexadecimal number"))
 }
 
-/// `1@1000000,3@1000100`
+/// `1@1000000,3@1000100`, with the timeline after the term where it is not 1: `3/2@1000100`.
 fn history(text: &str) -> TermHistory {
     let entries = text.split(',').filter(|word| !word.is_empty()).map(|word| {
         let (term, start) = word.split_once('@').expect("term@start");
+        let (term, tli) = term.split_once('/').unwrap_or((term, "1"));
         TermEntry {
             term: Term(term.parse().expect("a number")),
-            tli: Tli(1),
+            tli: Tli(tli.parse().expect("a number")),
             start_lsn: Lsn(hex(start)),
         }
     });
@@ -162,6 +183,13 @@ impl World {
                 self.make_node(id, incarnation);
             }
             ["differ", name, lsn] => self.server(letter(name)).differ = Some(Lsn(hex(lsn))),
+            ["unreadable", name] => self.server(letter(name)).unreadable = true,
+            ["readable", name] => self.server(letter(name)).unreadable = false,
+            ["hold", id] => self.node(id).holds = true,
+            ["flush", id] => {
+                self.node(id).holds = false;
+                self.flush(id.parse().expect("a safekeeper"));
+            }
             ["show"] => self.show(),
             _ => panic!("unknown command {line:?}"),
         }
@@ -170,6 +198,11 @@ impl World {
 
     fn server(&mut self, name: char) -> &mut Server {
         self.servers.get_mut(&name).expect("a started server")
+    }
+
+    fn node(&mut self, id: &str) -> &mut Node {
+        let id = id.parse().expect("a safekeeper");
+        self.nodes.get_mut(&id).expect("a safekeeper")
     }
 
     fn make_node(&mut self, id: u64, incarnation: u128) {
@@ -189,6 +222,7 @@ impl World {
                 durable_bytes: Bytes::default(),
                 durable_end: Lsn::INVALID,
                 bytes: Bytes::default(),
+                holds: false,
             },
         );
     }
@@ -203,6 +237,8 @@ impl World {
         };
         let mut standing = Standing::Running;
         let mut written_by = name;
+        let mut like = None;
+        let mut peers: Vec<u64> = self.nodes.keys().copied().collect();
         for word in words {
             match word.split_once('=') {
                 Some(("history", text)) => local.history = history(text),
@@ -210,44 +246,57 @@ impl World {
                 Some(("unled", text)) => local.unled_from = Some(Lsn(hex(text))),
                 // A data directory copied from that server.
                 Some(("copy", text)) => written_by = letter(text),
+                Some(("like", id)) => like = Some(self.node(id).durable_bytes.clone()),
+                Some(("tli", text)) => local.tli = Tli(text.parse().expect("a number")),
+                Some(("peers", text)) => {
+                    let ids = text.split(',').map(|id| id.parse().expect("a safekeeper"));
+                    peers = ids.collect();
+                }
                 None if *word == "before-recovery" => standing = Standing::BeforeRecovery,
                 _ => panic!("unknown word {word:?}"),
             }
         }
-        let peers = self.nodes.keys().map(|id| PeerAddress {
+        let addresses = peers.iter().map(|id| PeerAddress {
             host: format!("sk{id}"),
             port: 5454,
         });
         let settings = ProposerSettings {
             proposer_id: ProposerId(name as u128),
             cluster: cluster_identity(),
-            peers: peers.collect(),
+            peers: addresses.collect(),
             member_timeout_ms: MEMBER_TIMEOUT_MS,
             seed: 1,
         };
         let mut bytes = Bytes::default();
         let base = local.end_lsn.segment_start(SEGMENT_SIZE).0;
         bytes.write(base, local.end_lsn.0 - base, written_by);
+        if let Some(mut like) = like {
+            like.truncate(local.end_lsn.0);
+            bytes.0.extend(like.0);
+        }
         let (end, history) = (local.end_lsn, local.history.clone());
         let proposer = Proposer::new(settings, local, standing, self.now_ms);
         self.servers.insert(
             name,
             Server {
                 proposer,
+                peers: peers.clone(),
                 bytes,
                 end,
                 history,
                 differ: None,
+                unreadable: false,
             },
         );
-        let ids: Vec<u64> = self.nodes.keys().copied().collect();
-        for id in ids {
+        for id in peers {
             self.connect(name, id);
         }
     }
 
     fn connect(&mut self, name: char, id: u64) {
-        if self.nodes[&id].acceptor.is_none() || self.connections.contains_key(&(name, id)) {
+        let listed = self.servers[&name].peers.contains(&id);
+        let up = self.nodes[&id].acceptor.is_some();
+        if !listed || !up || self.connections.contains_key(&(name, id)) {
             return;
         }
         self.sessions += 1;
@@ -265,9 +314,9 @@ impl World {
             },
         );
         let (mut actions, now_ms) = (Vec::new(), self.now_ms);
-        self.server(name)
-            .proposer
-            .on_connected(PeerIdx(id as usize - 1), now_ms, &mut actions);
+        let server = self.server(name);
+        let peer = server.peer(id);
+        server.proposer.on_connected(peer, now_ms, &mut actions);
         self.carry_out(name, actions);
     }
 
@@ -281,9 +330,8 @@ impl World {
         }
         let now_ms = self.now_ms;
         if let Some(server) = self.servers.get_mut(&name) {
-            server
-                .proposer
-                .on_disconnected(PeerIdx(id as usize - 1), now_ms);
+            let peer = server.peer(id);
+            server.proposer.on_disconnected(peer, now_ms);
         }
     }
 
@@ -349,11 +397,8 @@ impl World {
         let Some(server) = self.servers.get_mut(&name) else {
             return false;
         };
-        let Some(append) =
-            server
-                .proposer
-                .next_append(PeerIdx(id as usize - 1), server.end, now_ms)
-        else {
+        let (peer, end) = (server.peer(id), server.end);
+        let Some(append) = server.proposer.next_append(peer, end, now_ms) else {
             return false;
         };
         let range = append.begin_lsn.0..append.begin_lsn.0 + u64::from(append.len);
@@ -384,6 +429,12 @@ impl World {
         through_the_wire_to_acceptor(&message);
         let _ = writeln!(self.out, "| {name}->{id} {}", brief_proposer(&message));
 
+        if !matches!(
+            message,
+            ProposerMessage::Append(_) | ProposerMessage::Read(_)
+        ) {
+            self.flush_for(name, id);
+        }
         let now_ms = self.now_ms;
         let node = self.nodes.get_mut(&id).expect("a safekeeper");
         let acceptor = node.acceptor.as_mut().expect("connected, so running");
@@ -402,21 +453,34 @@ impl World {
             return true;
         }
         self.carry_out_acceptor(name, id, actions, &wal);
-        let acceptor = self
-            .nodes
-            .get_mut(&id)
-            .and_then(|node| node.acceptor.as_mut());
-        let acceptor = acceptor.expect("running");
-        if acceptor.needs_flush() {
-            let mut actions = Vec::new();
-            let end = acceptor.write_lsn();
-            acceptor.on_flushed(end, &mut actions);
-            let node = self.nodes.get_mut(&id).expect("a safekeeper");
-            node.durable_bytes = node.bytes.clone();
-            node.durable_end = end;
-            self.carry_out_acceptor(name, id, actions, &[]);
+        if !self.nodes[&id].holds {
+            self.flush_for(name, id);
         }
         true
+    }
+
+    /// Flush what is open, on behalf of the connection that leads if it is still there.
+    fn flush(&mut self, id: u64) {
+        let acceptor = self.nodes[&id].acceptor.as_ref().expect("running");
+        let mut connections = self.connections.iter();
+        let leading = connections.find(|((_, to), c)| *to == id && acceptor.leads(c.session));
+        let name = leading.map_or('-', |((name, _), _)| *name);
+        self.flush_for(name, id);
+    }
+
+    /// Flush what is open, on the thread that serves `name`: answers go there.
+    fn flush_for(&mut self, name: char, id: u64) {
+        let node = self.nodes.get_mut(&id).expect("a safekeeper");
+        let acceptor = node.acceptor.as_mut().expect("running");
+        if !acceptor.needs_flush() {
+            return;
+        }
+        let mut actions = Vec::new();
+        let end = acceptor.write_lsn();
+        acceptor.on_flushed(end, &mut actions);
+        node.durable_bytes = node.bytes.clone();
+        node.durable_end = end;
+        self.carry_out_acceptor(name, id, actions, &[]);
     }
 
     fn carry_out_acceptor(
@@ -472,8 +536,9 @@ impl World {
         through_the_wire_to_proposer(&message);
         let _ = writeln!(self.out, "| {id}->{name} {}", brief_acceptor(&message));
         let (mut actions, now_ms) = (Vec::new(), self.now_ms);
-        let peer = PeerIdx(id as usize - 1);
-        self.server(name)
+        let server = self.server(name);
+        let peer = server.peer(id);
+        server
             .proposer
             .on_message(peer, &message, now_ms, &mut actions);
         self.carry_out(name, actions);
@@ -486,14 +551,17 @@ impl World {
             let now_ms = self.now_ms;
             match action {
                 ProposerAction::Send { to, message } => {
-                    let connection = self.connections.get_mut(&(name, to.0 as u64 + 1));
+                    let connection = self
+                        .connections
+                        .get_mut(&(name, self.servers[&name].id(to)));
                     if let Some(connection) = connection {
                         connection.to_acceptor.push_back((message, Vec::new()));
                     }
                 }
                 ProposerAction::Disconnect { peer, reason } => {
-                    let _ = writeln!(self.out, "|   {name} disconnects {}: {reason}", peer.0 + 1);
-                    self.cut(name, peer.0 as u64 + 1);
+                    let id = self.servers[&name].id(peer);
+                    let _ = writeln!(self.out, "|   {name} disconnects {id}: {reason}");
+                    self.cut(name, id);
                 }
                 ProposerAction::Compare {
                     donor,
@@ -501,12 +569,12 @@ impl World {
                     end_lsn,
                     ..
                 } => {
+                    let id = self.servers[&name].id(donor);
                     let _ = writeln!(
                         self.out,
-                        "|   {name} compares {begin_lsn}..{end_lsn} with {}",
-                        donor.0 + 1
+                        "|   {name} compares {begin_lsn}..{end_lsn} with {id}"
                     );
-                    let outcome = self.compare(name, donor.0 as u64 + 1, begin_lsn, end_lsn);
+                    let outcome = self.compare(name, id, begin_lsn, end_lsn);
                     self.server(name)
                         .proposer
                         .on_compared(outcome, now_ms, &mut more);
@@ -517,12 +585,12 @@ impl World {
                     end_lsn,
                     ..
                 } => {
+                    let id = self.servers[&name].id(donor);
                     let _ = writeln!(
                         self.out,
-                        "|   {name} completes {begin_lsn}..{end_lsn} from {}",
-                        donor.0 + 1
+                        "|   {name} completes {begin_lsn}..{end_lsn} from {id}"
                     );
-                    let node = &self.nodes[&(donor.0 as u64 + 1)];
+                    let node = &self.nodes[&id];
                     let range = node.bytes.0.range(begin_lsn.0..end_lsn.0);
                     let missing: Vec<(u64, char)> = range.map(|(lsn, w)| (*lsn, *w)).collect();
                     let server = self.server(name);
@@ -568,6 +636,10 @@ impl World {
     }
 
     fn compare(&self, name: char, donor: u64, begin: Lsn, end: Lsn) -> Compared {
+        if self.servers[&name].unreadable {
+            let reason = "connection refused".into();
+            return Compared::Unavailable { reason };
+        }
         if let Some(at) = self.servers[&name].differ {
             return Compared::Differs { at };
         }
@@ -596,8 +668,8 @@ impl World {
             let _ = writeln!(self.out, "| {id}: {line}");
         }
         for (name, server) in &self.servers {
-            let peers = self.nodes.keys().map(|id| {
-                let status = server.proposer.peer_status(PeerIdx(*id as usize - 1));
+            let peers = server.peers.iter().map(|id| {
+                let status = server.proposer.peer_status(server.peer(*id));
                 format!(" {id} {} {}", status.state, status.flush_lsn)
             });
             let _ = writeln!(
