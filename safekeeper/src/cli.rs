@@ -45,6 +45,16 @@ enum Command {
     Status(StatusArguments),
     /// Show who the members of each cluster are.
     Members(StatusArguments),
+    /// Print what is in a data directory. Changes nothing.
+    Dump {
+        #[arg(long)]
+        data_dir: PathBuf,
+    },
+    /// Check everything in a data directory. Changes nothing; the daemon may be running.
+    Verify {
+        #[arg(long)]
+        data_dir: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -124,6 +134,11 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         Command::Run(arguments) => run_daemon(&arguments),
         Command::Status(arguments) => show(&arguments, status_table),
         Command::Members(arguments) => show(&arguments, members_table),
+        Command::Dump { data_dir } => {
+            safekeeper::dump::dump(&data_dir, &mut std::io::stdout().lock())
+                .map_err(Failure::failed)
+        }
+        Command::Verify { data_dir } => verify(&data_dir),
     }
 }
 
@@ -262,6 +277,16 @@ fn fetch(address: &str) -> Result<Status, Failure> {
         .map_err(failure)?;
     let body = response.body_mut().with_config().limit(STATUS_LEN_MAX);
     body.read_json().map_err(failure)
+}
+
+fn verify(data_dir: &Path) -> Result<(), Failure> {
+    let report = safekeeper::verify::verify(data_dir).map_err(Failure::failed)?;
+    print(&report.to_string())?;
+    if report.is_sound() {
+        Ok(())
+    } else {
+        Err(Failure::failed("the data directory is damaged"))
+    }
 }
 
 /// To stdout; a reader that has seen enough is no failure.

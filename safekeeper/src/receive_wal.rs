@@ -229,7 +229,7 @@ impl Push<'_> {
             id: self.session_id,
             proposer_id: greeting.proposer_id,
         };
-        log::info!(
+        log::debug!(
             "proposer connected from={} proposer_id={} system_id={} cluster={}",
             self.address,
             greeting.proposer_id,
@@ -304,10 +304,18 @@ impl Push<'_> {
         let Some((session, cluster)) = &self.proposer else {
             return;
         };
-        if let Some(keeper) = &self.keeper {
-            keeper.take_turn().disconnect(*session);
-        }
-        log::info!(
+        let led = match &self.keeper {
+            Some(keeper) => keeper.take_turn().disconnect(*session),
+            None => false,
+        };
+        // A proposer that may not lead comes again and again; that is no change of state.
+        let level = if led {
+            log::Level::Info
+        } else {
+            log::Level::Debug
+        };
+        log::log!(
+            level,
             "proposer disconnected from={} system_id={} cluster={}",
             self.address,
             cluster.system_id,

@@ -397,6 +397,42 @@ fn a_gap_and_wal_without_an_election_are_refused() {
 }
 
 #[test]
+fn an_election_that_cannot_be_carried_out_leaves_the_acceptor_as_the_disk_knows_it() {
+    let daemon = Daemon::start();
+    let mut proposer = Proposer::connect(daemon.address(), cluster(1, "main"));
+    let greeting = proposer.greet();
+    proposer.configure_first(&greeting);
+    proposer.term = Term(2);
+    assert!(proposer.vote().granted);
+    // A log begins at the start of a segment.
+    let nowhere = LOG_START + 4096;
+    proposer.history = TermHistory::new(vec![entry(2, 1, nowhere)]).expect("a history");
+    proposer.send_elected(nowhere, Vec::new());
+    let error = proposer.append_response().expect_err("refused");
+    assert_eq!(error.sqlstate, "55000");
+    assert!(error.message.contains("0/201000"), "{error:?}");
+    drop(proposer);
+
+    let mut again = Proposer::connect(daemon.address(), cluster(1, "main"));
+    let greeting = again.greet();
+    assert_eq!((greeting.term, greeting.flush_lsn), (Term(2), Lsn::INVALID));
+    assert!(greeting.history.is_empty());
+    let wal = some_wal(1000);
+    daemon.with_log(&wal);
+}
+
+#[test]
+fn what_was_taken_passes_verification() {
+    let mut daemon = Daemon::start();
+    let wal = some_wal(2 * SEGMENT);
+    drop(daemon.with_log(&wal));
+    daemon.stop();
+    let report = safekeeper::verify::verify(&daemon.data_dir()).expect("a report");
+    assert!(report.is_sound(), "{report}");
+    assert_eq!(report.clusters[0].end_lsn, wal.position());
+}
+
+#[test]
 fn garbage_ends_a_connection_and_nothing_else() {
     let daemon = Daemon::with(|config| config.max_connections = 400);
     let mut state = 0x2545_F491_4F6C_DD1Du64;

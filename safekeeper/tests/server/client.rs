@@ -413,6 +413,11 @@ impl Proposer {
     }
 
     pub fn elect(&mut self, start_lsn: Lsn, timeline_files: Vec<TimelineFile>) -> AppendResponse {
+        self.send_elected(start_lsn, timeline_files);
+        self.append_response().expect("elected")
+    }
+
+    pub fn send_elected(&mut self, start_lsn: Lsn, timeline_files: Vec<TimelineFile>) {
         let elected = ProposerMessage::Elected(Elected {
             configuration_version: self.version,
             term: self.term,
@@ -421,7 +426,6 @@ impl Proposer {
             timeline_files,
         });
         self.send(&elected, &[]);
-        self.append_response().expect("elected")
     }
 
     pub fn send_append(&mut self, begin_lsn: Lsn, wal: &[u8]) {
