@@ -8,6 +8,8 @@
 mod fault_disk;
 #[path = "durability/log.rs"]
 mod log;
+#[path = "durability/power.rs"]
+mod power;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
@@ -16,7 +18,9 @@ use std::time::{Duration, Instant};
 
 use fault_disk::FaultDisk;
 use log::{LogDir, SEGMENT, START, history, wal_from};
+use power::PowerDisk;
 use safekeeper::control_file::{ControlFile, read_state};
+use safekeeper::disk::Disk;
 use safekeeper::dump::dump;
 use safekeeper::verify::verify;
 use safekeeper::wal_reader::ReadError;
@@ -744,6 +748,108 @@ fn model_test(seed: u64) {
         assert_eq!(storage.oldest_lsn(), oldest, "seed {seed}");
         let kept = &bytes[(oldest - START) as usize..];
         assert_eq!(dir.read(oldest, end).unwrap(), kept, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_power_cut_takes_nothing_flushed_and_brings_nothing_back() {
+    for seed in 1..=40 {
+        power_test(seed);
+    }
+}
+
+/// Random work on a disk that dies at a random step and then loses part of what was not synced.
+fn power_test(seed: u64) {
+    let mut random = Random(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15));
+    let mut dir = LogDir::new();
+    dir.begin();
+    let disk = PowerDisk::new(dir.temp.path());
+    dir.disk = disk.clone();
+    let format = dir.open().format();
+    let (mut control, _) = ControlFile::open(disk.clone(), log::SYSTEM_ID).unwrap();
+    let mut bytes: Vec<u8> = Vec::new();
+    let mut ends = vec![(START, Lsn::INVALID)];
+    for life in 0..6 {
+        disk.sync_everything().unwrap();
+        let mut storage = dir.open();
+        let mut flushed = storage.flush_lsn();
+        let mut oldest = storage.oldest_lsn();
+        let mut term = dir.state.term;
+        disk.die_after(random.below(60));
+        // What the log may end at if the process dies now: anything from `flushed` on.
+        loop {
+            let (end, last_record) = *ends.last().unwrap();
+            let done = match random.below(8) {
+                0..4 => {
+                    let mut wal = WalBuilder::new(format, 1, end).following(last_record);
+                    for _ in 0..=random.below(3) {
+                        let record = wal.noop(random.below(300_000) as u32);
+                        ends.push((record.end_lsn, record.start_lsn));
+                    }
+                    bytes.extend(wal.bytes());
+                    storage.write(Tli(1), end, wal.bytes()).is_ok()
+                }
+                4..6 => storage.flush().map(|lsn| flushed = lsn).is_ok(),
+                6 => {
+                    let n = random.below(ends.len() as u64) as usize;
+                    let (to, _) = ends[n];
+                    let can = to >= dir.state.commit_lsn && to > oldest;
+                    let done = !can || storage.truncate(Tli(1), to).is_ok();
+                    if can && done {
+                        ends.truncate(n + 1);
+                        bytes.truncate((to - START) as usize);
+                        flushed = to;
+                    }
+                    // Cut short, it leaves any prefix down to the cut; and what was written and
+                    // not flushed may have been flushed by it.
+                    flushed = if can { flushed.min(to) } else { flushed };
+                    done
+                }
+                _ => {
+                    let mut state = dir.state.clone();
+                    state.term = Term(term.0 + 1);
+                    state.commit_lsn = flushed;
+                    let done = control.persist(&state).is_ok();
+                    if done {
+                        term = state.term;
+                        dir.state = state;
+                        let commit_lsn = dir.state.commit_lsn;
+                        let removed = storage.remove_before(commit_lsn);
+                        oldest = storage.oldest_lsn();
+                        removed.is_ok()
+                    } else {
+                        done
+                    }
+                }
+            };
+            if !done {
+                break;
+            }
+        }
+        drop(storage);
+        disk.cut_power(|n| random.below(n));
+        let state = read_state(disk.as_ref(), log::SYSTEM_ID).unwrap();
+        assert!(
+            state.term >= term,
+            "seed {seed} life {life}: a vote is lost"
+        );
+        dir.state = state;
+
+        let storage = dir.open();
+        let end = storage.flush_lsn();
+        assert!(end >= flushed, "seed {seed} life {life}: {end} < {flushed}");
+        let n = ends.iter().position(|(lsn, _)| *lsn == end);
+        let n = n.unwrap_or_else(|| panic!("seed {seed} life {life}: {end} is no record's end"));
+        ends.truncate(n + 1);
+        bytes.truncate((end - START) as usize);
+        let oldest = storage.oldest_lsn();
+        let kept = &bytes[(oldest - START) as usize..];
+        assert_eq!(
+            dir.read(oldest, end).unwrap(),
+            kept,
+            "seed {seed} life {life}"
+        );
+        dir.assert_zero_behind(end);
     }
 }
 
