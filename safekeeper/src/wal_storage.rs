@@ -121,6 +121,14 @@ impl WalStorage {
     ) -> Result<WalStorage, OpenError> {
         let format = wal_format(cluster)?;
         let segments = SegmentDir::new(disk.clone(), &format);
+        // It is made before the control file, so it was there once.
+        if disk.file_id(segments.dir())?.is_none() {
+            return Err(OpenError::Corrupt {
+                lsn: Lsn::INVALID,
+                commit_lsn: state.commit_lsn,
+                problem: "the directory of its segments is missing".to_owned(),
+            });
+        }
         let mut timelines = Timelines::new(&state.history);
         let timeline_files = TimelineFiles::open(disk, segments.dir())?;
         recovery::remove_leftovers(&segments)?;
