@@ -33,6 +33,7 @@ pub struct Clusters {
     disk: Arc<dyn Disk>,
     identity: Identity,
     metrics: Arc<Metrics>,
+    segments: Segments,
     /// By system identifier. Held while a cluster is made, so that it is made once.
     places: Mutex<BTreeMap<u64, Place>>,
 }
@@ -42,6 +43,15 @@ enum Place {
     Served(Arc<Keeper>),
     /// Could not be opened.
     Broken(Box<ClusterStatus>),
+}
+
+/// Who makes the segments that the log will need.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Segments {
+    /// A thread for each cluster, ahead of the log.
+    MadeAhead,
+    /// The log itself, when it gets there: for a simulation, which has one thread.
+    MadeWhenNeeded,
 }
 
 /// What became of a message for a cluster without a keeper.
@@ -60,16 +70,27 @@ pub enum Unknown {
 impl Clusters {
     /// Opens every cluster of the data directory. Fails only if it can't even be listed.
     pub fn open(data_dir: &DataDir, metrics: Arc<Metrics>) -> Result<Clusters, StorageError> {
-        let disk = data_dir.disk();
-        let identity = data_dir.identity();
+        let (disk, identity) = (data_dir.disk(), data_dir.identity());
+        Clusters::with_disk(disk, identity, metrics, Segments::MadeAhead)
+    }
+
+    /// The same with any disk, which must have been synced since the last process used it.
+    pub fn with_disk(
+        disk: Arc<dyn Disk>,
+        identity: Identity,
+        metrics: Arc<Metrics>,
+        segments: Segments,
+    ) -> Result<Clusters, StorageError> {
         let mut places = BTreeMap::new();
         for system_id in list_clusters(disk.as_ref())? {
-            places.insert(system_id, open_one(&disk, identity, system_id, &metrics));
+            let place = open_one(&disk, identity, system_id, &metrics, segments);
+            places.insert(system_id, place);
         }
         Ok(Clusters {
             disk,
             identity,
             metrics,
+            segments,
             places: Mutex::new(places),
         })
     }
@@ -173,7 +194,8 @@ impl Clusters {
             acceptor.clone(),
             state,
             metrics,
-        );
+        )
+        .and_then(|keeper| self.segments.start(keeper));
         match created {
             Ok(keeper) => {
                 log::info!(
@@ -219,6 +241,15 @@ impl Clusters {
     }
 }
 
+impl Segments {
+    fn start(self, keeper: Keeper) -> Result<Keeper, KeeperError> {
+        if self == Segments::MadeAhead {
+            keeper.prepare_in_background()?;
+        }
+        Ok(keeper)
+    }
+}
+
 impl Place {
     fn names(&self) -> (String, String) {
         match self {
@@ -236,12 +267,19 @@ impl Place {
     }
 }
 
-fn open_one(disk: &Arc<dyn Disk>, identity: Identity, system_id: u64, metrics: &Metrics) -> Place {
+fn open_one(
+    disk: &Arc<dyn Disk>,
+    identity: Identity,
+    system_id: u64,
+    metrics: &Metrics,
+    segments: Segments,
+) -> Place {
     let mut known = None;
     let opened = Keeper::open(disk.clone(), identity, system_id, |cluster| {
         known = Some(cluster.clone());
         metrics.of_cluster(&label(cluster))
-    });
+    })
+    .and_then(|keeper| segments.start(keeper));
     match opened {
         Ok(keeper) => {
             log::info!(

@@ -145,11 +145,15 @@ pub struct Readable {
     pub flush_lsn: Lsn,
 }
 
+/// First words of the panic that ends the process when storage has failed.
+pub const STORAGE_FAILED: &str = "storage failed, the process ends";
+
 /// Storage failed in a way that leaves the disk's contents unknown. Never to be tried again by
-/// this process: the kernel may have dropped the pages, and a second fsync would lie.
+/// this process: the kernel may have dropped the pages, and a second fsync would lie. In the
+/// daemon every panic aborts; a simulation, whose processes are only values, catches it.
 pub fn stop_on(error: &StorageError) -> ! {
-    log::error!("storage failed, the process ends: {error}");
-    std::process::abort();
+    log::error!("{STORAGE_FAILED}: {error}");
+    panic!("{STORAGE_FAILED}: {error}");
 }
 
 impl Keeper {
@@ -191,13 +195,10 @@ impl Keeper {
         disk: Arc<dyn Disk>,
         identity: Identity,
         control: ControlFile,
-        mut storage: WalStorage,
+        storage: WalStorage,
         acceptor: Acceptor,
         metrics: ClusterMetrics,
     ) -> Result<Keeper, KeeperError> {
-        storage
-            .prepare_in_background()
-            .map_err(KeeperError::Thread)?;
         let timeline_files = storage
             .timeline_files()
             .map_err(ControlFileError::Storage)?;
@@ -222,6 +223,14 @@ impl Keeper {
                 actions: Vec::new(),
             }),
         })
+    }
+
+    /// Makes segments ahead of the log, on a thread that ends with this keeper.
+    pub fn prepare_in_background(&self) -> Result<(), KeeperError> {
+        lock(&self.held)
+            .storage
+            .prepare_in_background()
+            .map_err(KeeperError::Thread)
     }
 
     pub fn cluster(&self) -> &ClusterIdentity {
