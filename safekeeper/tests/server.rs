@@ -418,6 +418,22 @@ fn an_election_that_cannot_be_carried_out_leaves_the_acceptor_as_the_disk_knows_
     assert_eq!((greeting.term, greeting.flush_lsn), (Term(2), Lsn::INVALID));
     assert!(greeting.history.is_empty());
     let wal = some_wal(1000);
+
+    // The same where the first part of a record was written before.
+    let mut proposer = Proposer::lead(daemon.address(), cluster(1, "main"));
+    let response = proposer
+        .append(LOG_START, &wal.bytes()[..100])
+        .expect("appended");
+    assert_eq!(response.flush_lsn, LOG_START);
+    drop(proposer);
+    let mut proposer = Proposer::connect(daemon.address(), cluster(1, "main"));
+    proposer.term = proposer.greet().term.next().expect("a term");
+    assert!(proposer.vote().granted);
+    let mine = entry(proposer.term.0, 1, nowhere);
+    proposer.history = TermHistory::new(vec![mine]).expect("a history");
+    proposer.send_elected(nowhere, Vec::new());
+    let error = proposer.append_response().expect_err("refused");
+    assert_eq!(error.sqlstate, "55000", "{error:?}");
     daemon.with_log(&wal);
 }
 

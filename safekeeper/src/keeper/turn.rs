@@ -223,11 +223,25 @@ impl<'a> Turn<'a> {
         drop(control);
         // The running process never takes this back.
         state.commit_lsn = state.commit_lsn.max(keeper.commit_lsn());
+        // The first part of a record may be written. Nobody counts on it, and a new acceptor does
+        // not know of it.
+        let storage = &mut self.held.storage;
+        let flush_lsn = storage.flush_lsn();
+        if storage.write_lsn() != flush_lsn {
+            let tli = state.history.tli_at(flush_lsn).unwrap_or(Tli(1));
+            match storage.truncate(tli, flush_lsn) {
+                Ok(()) => {}
+                Err(TruncateError::Failed(error) | TruncateError::NoSpace(error)) => {
+                    stop_on(&error)
+                }
+                Err(error) => panic!("a log can end where it is flushed: {error}"),
+            }
+        }
         self.held.acceptor = Acceptor::new(
             keeper.identity.id,
             keeper.identity.incarnation,
             state,
-            self.held.storage.flush_lsn(),
+            flush_lsn,
         );
         *lock(&keeper.proposer) = None;
         self.publish_view();
