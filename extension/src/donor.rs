@@ -52,6 +52,10 @@ pub enum DonorEvent {
     },
     /// The range was read to its end.
     Done,
+    /// The donor keeps WAL from here on only, which is beyond what was to be read next.
+    Removed {
+        oldest_lsn: Lsn,
+    },
     Failed(String),
     Panicked(String),
 }
@@ -67,7 +71,7 @@ impl Donor {
         let panicked = (sender.clone(), waker.clone());
         let body = move || {
             let last = match read_range(&request, &sender, &waker) {
-                Ok(()) => DonorEvent::Done,
+                Ok(ended) => ended,
                 Err(reason) => DonorEvent::Failed(reason),
             };
             // An error here means that the receiver is gone: nobody wants to know.
@@ -149,7 +153,7 @@ fn read_range(
     request: &DonorRequest,
     chunks: &Sender<DonorEvent>,
     waker: &Waker,
-) -> Result<(), String> {
+) -> Result<DonorEvent, String> {
     let mut connection = Connection {
         stream: connect(&request.dial).map_err(|error| error.to_string())?,
         inbox: Inbox::default(),
@@ -177,19 +181,25 @@ fn read_range(
         let wanted = chunk_len(read_lsn, request.end_lsn);
         let wal = connection.receive(|message, wal| match message {
             AcceptorMessage::ReadResponse(response) => {
-                check(&response, request.term, read_lsn, wanted).map(|()| wal.to_vec())
+                check(&response, request.term, read_lsn, wanted)?;
+                let kept = response.len > 0;
+                Ok(kept.then(|| wal.to_vec()).ok_or(response.oldest_lsn))
             }
             _ => Err("answered with another message than WAL".to_owned()),
         })?;
+        let wal = match wal {
+            Ok(wal) => wal,
+            Err(oldest_lsn) => return Ok(DonorEvent::Removed { oldest_lsn }),
+        };
         on_their_way -= 1;
         let begin_lsn = read_lsn;
         read_lsn = read_lsn + wal.len() as u64;
         if chunks.send(DonorEvent::Chunk { begin_lsn, wal }).is_err() {
-            return Ok(());
+            break;
         }
         waker.wake();
     }
-    Ok(())
+    Ok(DonorEvent::Done)
 }
 
 fn chunk_len(begin_lsn: Lsn, end_lsn: Lsn) -> u32 {
@@ -202,10 +212,7 @@ fn check(response: &ReadResponse, term: Term, begin_lsn: Lsn, wanted: u32) -> Re
         return Err(format!("donor is in term {}, not {term}", response.term));
     }
     if begin_lsn < response.oldest_lsn && response.len == 0 {
-        return Err(format!(
-            "donor keeps WAL from {} on, not {begin_lsn}",
-            response.oldest_lsn
-        ));
+        return Ok(());
     }
     if response.begin_lsn != begin_lsn || response.len != wanted {
         return Err(format!(
@@ -345,6 +352,9 @@ mod tests {
                     got.extend(wal);
                 }
                 Some(DonorEvent::Done) => return (got, None),
+                Some(DonorEvent::Removed { oldest_lsn }) => {
+                    return (got, Some(format!("removed below {oldest_lsn}")));
+                }
                 Some(DonorEvent::Failed(text) | DonorEvent::Panicked(text)) => {
                     return (got, Some(text));
                 }

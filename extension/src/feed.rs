@@ -72,6 +72,9 @@ impl Feed {
                     self.chunk = Some((begin_lsn, wal));
                 }
                 Some(DonorEvent::Done) => self.donor = None,
+                Some(DonorEvent::Removed { oldest_lsn }) => {
+                    self.fail(format!("donor keeps WAL from {oldest_lsn} on only"), now_ms);
+                }
                 Some(DonorEvent::Failed(reason)) => self.fail(reason, now_ms),
                 Some(DonorEvent::Panicked(text)) => return Err(FeedPanicked(text)),
             }

@@ -13,6 +13,7 @@
 //!   32      16    proposer_id
 //!   48      8     unled_from, 0 if all WAL was written in a term
 //!   56      ...   term history, as on the wire (codec.rs)
+//!   ...     ...   configuration, likewise: that of the quorum it led last
 //!   end     4     CRC-32C of all before
 //! ```
 //!
@@ -29,8 +30,8 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use safekeeper_protocol::codec::{DecodeError, Input, encode_history};
-use safekeeper_protocol::{Lsn, ProposerId, TermHistory};
+use safekeeper_protocol::codec::{DecodeError, Input, encode_configuration, encode_history};
+use safekeeper_protocol::{Configuration, Lsn, ProposerId, TermHistory};
 
 const FILE_NAME: &str = "walproposer.history";
 const NEW_FILE_NAME: &str = "walproposer.history.new";
@@ -46,6 +47,8 @@ const FILE_LEN_MAX: u64 = 1024 * 1024;
 pub struct LocalHistory {
     pub proposer_id: ProposerId,
     pub history: TermHistory,
+    /// The quorum that this server led last. Another's safekeepers are not counted.
+    pub configuration: Configuration,
     /// Earliest LSN from which WAL was written without a term. Never moves forward.
     pub unled_from: Option<Lsn>,
 }
@@ -151,6 +154,7 @@ fn encode(stored: &Stored) -> Vec<u8> {
     body.extend_from_slice(&local.proposer_id.0.to_be_bytes());
     body.extend_from_slice(&local.unled_from.unwrap_or(Lsn::INVALID).0.to_be_bytes());
     encode_history(&local.history, &mut body);
+    encode_configuration(&local.configuration, &mut body);
     let len = u32::try_from(body.len()).expect("a history is limited to 80 kB");
     let mut out = MAGIC.to_vec();
     out.extend_from_slice(&VERSION.to_be_bytes());
@@ -196,6 +200,7 @@ fn decode(bytes: &[u8]) -> Result<Stored, String> {
     let proposer_id = ProposerId(body.u128().map_err(damaged)?);
     let unled_from = Some(body.lsn().map_err(damaged)?).filter(|lsn| lsn.is_valid());
     let history = body.history().map_err(damaged)?;
+    let configuration = body.configuration().map_err(damaged)?;
     body.end().map_err(damaged)?;
     Ok(Stored {
         system_id,
@@ -203,6 +208,7 @@ fn decode(bytes: &[u8]) -> Result<Stored, String> {
         local: LocalHistory {
             proposer_id,
             history,
+            configuration,
             unled_from,
         },
     })
@@ -211,7 +217,7 @@ fn decode(bytes: &[u8]) -> Result<Stored, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use safekeeper_protocol::{Term, TermEntry, Tli};
+    use safekeeper_protocol::{Lineage, Term, TermEntry, Tli};
 
     const SYSTEM: u64 = 7_000_000_000_000_000_001;
     const NEW_ID: ProposerId = ProposerId(99);
@@ -225,6 +231,10 @@ mod tests {
         LocalHistory {
             proposer_id: ProposerId(0x1234 << 100),
             history: TermHistory::new(vec![entry(1, 10), entry(4, 20)]).expect("a history"),
+            configuration: Configuration {
+                lineage: Lineage(5),
+                ..Configuration::default()
+            },
             unled_from: Some(Lsn(77)),
         }
     }

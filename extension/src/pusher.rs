@@ -19,12 +19,15 @@ use std::time::{Duration, Instant};
 
 use pgrx::{PgSqlErrorCode, pg_sys};
 use safekeeper_protocol::{
-    Append, ClusterIdentity, Compared, LocalLog, Lsn, PeerIdx, Proposer, ProposerAction,
-    ProposerGreeting, ProposerId, ProposerSettings, Standing, Term, TermHistory, TimelineFile, Tli,
+    Append, ClusterIdentity, Compared, Configuration, LocalLog, LocalWal, Lsn, PeerIdx, Proposer,
+    ProposerAction, ProposerGreeting, ProposerId, ProposerSettings, Standing, Term, TermHistory,
+    TimelineFile, Tli,
 };
-use safekeeper_wal::{PgVersion, SegmentSize, TimelineHistory, canonical_end, history_file_name};
+use safekeeper_wal::{
+    PgVersion, SegmentSize, TimelineHistory, WalFormat, canonical_end, history_file_name,
+};
 
-use crate::compare::{Comparison, ComparisonEvent};
+use crate::compare::{Comparison, ComparisonEvent, Stretch};
 use crate::connect::Dial;
 use crate::donor::DonorRequest;
 use crate::feed::{Feed, FeedPanicked};
@@ -53,6 +56,7 @@ pub struct Pusher {
     members: Vec<Member>,
     source: WalSource,
     comparison: Option<Comparison>,
+    format: WalFormat,
     actions: Vec<ProposerAction>,
 
     greeting: ProposerGreeting,
@@ -113,6 +117,7 @@ impl Pusher {
             end_lsn: canonical_end(postgres::insert_lsn(), segment_size),
             unled_from: local.unled_from,
             timeline_files,
+            configuration: local.configuration.clone(),
         };
         let started = Instant::now();
         let proposer_settings = ProposerSettings {
@@ -142,6 +147,11 @@ impl Pusher {
             members: settings.safekeepers.iter().map(member).collect(),
             source: WalSource::new(pg_wal, segment_size, timelines, last_removed),
             comparison: None,
+            format: WalFormat {
+                version,
+                segment_size,
+                system_id,
+            },
             actions: Vec::new(),
             greeting: ProposerGreeting {
                 proposer_id: local.proposer_id,
@@ -176,7 +186,7 @@ impl Pusher {
         }
         self.poll_comparison();
         let now_ms = self.now_ms();
-        if now_ms >= self.proposer.next_tick_ms() {
+        if now_ms >= self.next_tick_ms() {
             self.proposer.on_tick(now_ms, &mut self.actions);
         }
         self.carry_out();
@@ -211,10 +221,13 @@ impl Pusher {
             .members
             .iter()
             .map(|member| member.feed.next_attempt_ms());
-        let next_ms = dials
-            .chain(feeds)
-            .fold(self.proposer.next_tick_ms(), u64::min);
+        let next_ms = dials.chain(feeds).fold(self.next_tick_ms(), u64::min);
         next_ms.saturating_sub(self.now_ms())
+    }
+
+    fn next_tick_ms(&self) -> u64 {
+        self.proposer
+            .next_tick_ms(|peer| self.members[peer.0].peer.can_take_append())
     }
 
     /// For whoever waits for the slot at shutdown. WAL is kept by it all the same.
@@ -339,18 +352,35 @@ impl Pusher {
                 term,
                 begin_lsn,
                 end_lsn,
-            } => self.begin_comparison(donor, term, begin_lsn, end_lsn),
+            } => self.begin_comparison(Stretch {
+                donor,
+                term,
+                begin_lsn,
+                end_lsn,
+            }),
             // Only a proposer that stands before recovery may ask for it.
             ProposerAction::Complete { .. } => postgres::error(
                 PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
                 "cannot complete the local WAL of a running server",
                 "",
             ),
-            ProposerAction::PersistHistory(history) => {
-                self.persist_history(history);
+            ProposerAction::PersistHistory {
+                history,
+                configuration,
+            } => {
+                self.local.history = history;
+                self.local.configuration = configuration;
+                self.local.unled_from = None;
+                self.store_local_history();
                 self.proposer
                     .on_history_persisted(now_ms, &mut self.actions);
             }
+            // Only a new worker knows where the local log ends by now.
+            ProposerAction::StandAgain => postgres::error(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "the safekeepers' configuration changed; standing for election again",
+                "",
+            ),
             ProposerAction::Lead { term, start_lsn } => {
                 self.logged_wait.clear();
                 self.status.elected_at = postgres::timestamp();
@@ -378,8 +408,7 @@ impl Pusher {
         }
     }
 
-    fn persist_history(&mut self, history: TermHistory) {
-        self.local.history = history;
+    fn store_local_history(&mut self) {
         let stored =
             local_history::store(&self.data_dir, self.greeting.cluster.system_id, &self.local);
         if let Err(error) = stored {
@@ -429,7 +458,8 @@ impl Pusher {
         self.is_streaming = is_leading;
     }
 
-    fn begin_comparison(&mut self, donor: PeerIdx, term: Term, begin_lsn: Lsn, end_lsn: Lsn) {
+    fn begin_comparison(&mut self, stretch: Stretch) {
+        let end_lsn = stretch.end_lsn;
         if postgres::flushed_lsn() < end_lsn {
             postgres::flush_wal(end_lsn);
         }
@@ -440,13 +470,19 @@ impl Pusher {
                 return self.end_comparison(Compared::Unavailable { reason });
             }
         };
-        let begin_lsn = begin_lsn.max(oldest_lsn);
+        let begin_lsn = stretch.begin_lsn.max(oldest_lsn);
         if begin_lsn >= end_lsn {
             return self.end_comparison(Compared::Equal);
         }
-        let request = self.donor_request(donor, term, begin_lsn, end_lsn);
+        let request = self.donor_request(stretch.donor, stretch.term, begin_lsn, end_lsn);
         match crate::donor::Donor::start(request, self.waker.clone()) {
-            Ok(donor) => self.comparison = Some(Comparison::new(donor)),
+            Ok(donor) => {
+                let stretch = Stretch {
+                    begin_lsn,
+                    ..stretch
+                };
+                self.comparison = Some(Comparison::new(donor, stretch, self.format));
+            }
             Err(error) => self.end_comparison(Compared::Unavailable {
                 reason: error.to_string(),
             }),
@@ -454,12 +490,17 @@ impl Pusher {
     }
 
     fn poll_comparison(&mut self) {
-        let Some(comparison) = &self.comparison else {
+        let Some(comparison) = &mut self.comparison else {
             return;
         };
+        let stretch = comparison.stretch;
         match comparison.poll(&mut self.source) {
             ComparisonEvent::Nothing => {}
             ComparisonEvent::Ended(outcome) => self.end_comparison(outcome),
+            ComparisonEvent::Removed { oldest_lsn } => self.begin_comparison(Stretch {
+                begin_lsn: oldest_lsn.max(stretch.begin_lsn),
+                ..stretch
+            }),
             ComparisonEvent::Panicked(text) => thread_panicked(&text),
         }
     }
@@ -508,9 +549,13 @@ impl Pusher {
             let Some(next_lsn) = self.proposer.next_lsn(peer) else {
                 return Ok(());
             };
-            let (wal_end, from_files) = self.at_hand(at, next_lsn, flushed_lsn)?;
+            let (end_lsn, from_files) = self.at_hand(at, next_lsn, flushed_lsn)?;
             let now_ms = self.now_ms();
-            let Some(append) = self.proposer.next_append(peer, wal_end, now_ms) else {
+            let wal = LocalWal {
+                end_lsn,
+                flush_lsn: flushed_lsn,
+            };
+            let Some(append) = self.proposer.next_append(peer, wal, now_ms) else {
                 return Ok(());
             };
             self.send_append(at, &append, from_files)?;
@@ -700,6 +745,7 @@ fn load_local_history(data_dir: &Path, system_id: u64) -> LocalHistory {
         Ok(None) => LocalHistory {
             proposer_id: new_id,
             history: TermHistory::default(),
+            configuration: Configuration::default(),
             unled_from: None,
         },
         Err(error) => postgres::error(

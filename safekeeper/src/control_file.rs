@@ -284,8 +284,8 @@ mod tests {
     use super::*;
     use crate::disk::RealDisk;
     use safekeeper_protocol::{
-        ClusterIdentity, Configuration, ConfigurationVersion, Incarnation, Lsn, Member, MemberId,
-        Term, TermEntry, TermHistory, Tli,
+        ClusterIdentity, Configuration, ConfigurationVersion, Incarnation, Lineage, Lsn, Member,
+        MemberId, Term, TermEntry, TermHistory, Tli,
     };
 
     const SYSTEM_ID: u64 = 7_000_000_000_000_000_001;
@@ -316,6 +316,7 @@ mod tests {
             },
             term: Term(term),
             configuration: Configuration {
+                lineage: Lineage(9),
                 version: ConfigurationVersion {
                     term: Term(1),
                     generation: 1,

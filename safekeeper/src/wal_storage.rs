@@ -188,10 +188,22 @@ impl WalStorage {
         let last_byte = begin_lsn + (bytes.len() as u64 - 1);
         self.make_room(tli, last_byte).map_err(refuse_if_no_space)?;
         let before = (self.decoder.record_end(), self.decoder.last_record());
+        let mut cleaned = Vec::new();
         if let Err(error) = self.decoder.feed(bytes) {
             self.step_back(before, begin_lsn)?;
-            return Err(WriteError::Damaged(error));
+            if !matches!(error, WalError::Padding { .. }) {
+                return Err(WriteError::Damaged(error));
+            }
+            // Behind a switch record a server that was killed leaves what its recycled file held;
+            // its own recovery takes no offence, and it will send the same for ever. Here the
+            // zeros that belong there are stored, on every safekeeper the same.
+            cleaned.extend_from_slice(bytes);
+            if let Err(error) = self.decoder.feed_and_clean(&mut cleaned) {
+                self.step_back(before, begin_lsn)?;
+                return Err(WriteError::Damaged(error));
+            }
         }
+        let bytes = if cleaned.is_empty() { bytes } else { &cleaned };
         match self.write_decoded(tli, begin_lsn, bytes) {
             Err(error) if error.is_no_space() => {
                 self.step_back(before, begin_lsn)?;

@@ -818,7 +818,10 @@ fn a_timeline_that_has_ended_is_followed_by_the_next() {
     promoted.term = Term(3);
     let vote = promoted.vote();
     promoted.commit_lsn = vote.commit_lsn;
-    promoted.history = vote.history.with(entry(3, 2, switch)).expect("a history");
+    promoted.history = vote
+        .history
+        .succeeded_by(entry(3, 2, switch))
+        .expect("a history");
     let content = format!("1\t{switch}\tno recovery target specified\n").into_bytes();
     promoted.elect(
         switch,

@@ -123,7 +123,7 @@ impl fmt::Display for Refusal {
             ),
             Refusal::OtherConfiguration { ours, theirs } => write!(
                 f,
-                "first configuration {theirs} contradicts {ours}, which was written here before with other members"
+                "configuration {theirs} is of another lineage than {ours}, which this safekeeper belongs to"
             ),
             Refusal::OtherCommonPoint { ours, theirs } => {
                 write!(f, "start {theirs} is not the last common point {ours}")
@@ -156,6 +156,14 @@ impl fmt::Display for Refusal {
 }
 
 impl core::error::Error for Refusal {}
+
+/// Where the log goes on under a new reign.
+#[derive(Clone, Copy, Debug)]
+struct Start {
+    lsn: Lsn,
+    /// Begin of our log, if none of it is kept.
+    discard_from: Option<Lsn>,
+}
 
 /// The connection that leads here: it has delivered this term's Elected.
 #[derive(Clone, Copy, Debug)]
@@ -245,8 +253,8 @@ impl Acceptor {
 
     /// Take a configuration if its version is higher than ours and its term is not lower.
     ///
-    /// A provisional first configuration binds: another one with other members is refused for
-    /// good, because the proposer that wrote it may have gone on to confirm it elsewhere.
+    /// A first configuration binds, even while it is provisional: one of another lineage is refused
+    /// for good, because the proposer that wrote ours may have gone on to confirm it elsewhere.
     pub fn on_configure(
         &mut self,
         configure: &Configure,
@@ -262,11 +270,10 @@ impl Acceptor {
             return Err(self.not_a_member(theirs));
         }
         let ours = &self.state.configuration;
-        let both_first = ours.is_provisional() && theirs.is_provisional();
-        let contradicts =
-            (both_first || theirs.version == ours.version) && !ours.same_members(theirs);
-        let begins_again = theirs.is_provisional() && !ours.is_none() && !ours.is_provisional();
-        if configure.term >= self.state.term && (contradicts || begins_again) {
+        let contradicts = !ours.is_none()
+            && (ours.lineage != theirs.lineage
+                || ours.version == theirs.version && !ours.same_members(theirs));
+        if contradicts {
             let (ours, theirs) = (Box::new(ours.clone()), Box::new(theirs.clone()));
             return Err(Refusal::OtherConfiguration { ours, theirs });
         }
@@ -347,10 +354,17 @@ impl Acceptor {
             return Ok(());
         }
 
-        let start_lsn = self.start_of(elected, first.start_lsn)?;
+        let Start {
+            lsn: start_lsn,
+            discard_from,
+        } = self.start_of(elected, first.start_lsn)?;
         if elected.term > self.state.term {
             self.enter_term(elected.term);
             out.push(self.persist());
+        }
+        if let Some(end_lsn) = discard_from.filter(|&begin| begin != start_lsn) {
+            let tli = self.state.history.tli_at(end_lsn).unwrap_or(first.tli);
+            out.push(AcceptorAction::Truncate { tli, end_lsn });
         }
         let tli = elected.history.tli_at(start_lsn).unwrap_or(first.tli);
         if start_lsn != self.write_lsn || self.flush_lsn != self.write_lsn {
@@ -378,35 +392,41 @@ impl Acceptor {
     }
 
     /// Where the log goes on under `elected`: our own reckoning, checked against the proposer's.
-    fn start_of(&self, elected: &Elected, log_start: Lsn) -> Result<Lsn, Refusal> {
+    fn start_of(&self, elected: &Elected, log_start: Lsn) -> Result<Start, Refusal> {
         let ours = Log::new(&self.state.history, self.flush_lsn);
         let theirs = Log::new(&elected.history, Lsn(u64::MAX));
-        let holds_nothing = ours.runs().next().is_none();
-        if holds_nothing {
+        let common = common_end(&ours, &theirs);
+        let start = match (ours.runs().next(), common) {
+            (_, Some(common)) => Start {
+                lsn: common,
+                discard_from: None,
+            },
             // An empty log may begin where the proposer still has WAL, later than the others'.
-            return if elected.start_lsn >= log_start {
-                Ok(elected.start_lsn)
-            } else {
-                Err(Refusal::OtherCommonPoint {
-                    ours: log_start,
-                    theirs: elected.start_lsn,
-                })
-            };
-        }
-        let common = common_end(&ours, &theirs).unwrap_or(log_start);
-        if common < self.commit_lsn {
+            (None, None) => Start {
+                lsn: elected.start_lsn.max(log_start),
+                discard_from: None,
+            },
+            // Nothing of what we hold is of the elected log, which may begin elsewhere.
+            (Some(first), None) => Start {
+                lsn: log_start,
+                discard_from: Some(first.begin),
+            },
+        };
+        let kept = start
+            .discard_from
+            .map_or(start.lsn, |discard| discard.min(start.lsn));
+        if kept < self.commit_lsn {
+            let commit_lsn = self.commit_lsn;
             return Err(Refusal::WouldCutCommitted {
-                common,
-                commit_lsn: self.commit_lsn,
+                common: kept,
+                commit_lsn,
             });
         }
-        if elected.start_lsn != common {
-            return Err(Refusal::OtherCommonPoint {
-                ours: common,
-                theirs: elected.start_lsn,
-            });
+        if elected.start_lsn != start.lsn {
+            let (ours, theirs) = (start.lsn, elected.start_lsn);
+            return Err(Refusal::OtherCommonPoint { ours, theirs });
         }
-        Ok(common)
+        Ok(start)
     }
 
     /// WAL, or a heartbeat. Yields `Write` and no answer: that comes with [`Self::on_flushed`].
@@ -466,8 +486,9 @@ impl Acceptor {
     }
 
     /// The host has flushed all that was written; `flush_lsn` is the end of the last complete
-    /// record in it. Answers the leading connection if there is one: the host calls this on the
-    /// thread that serves it.
+    /// record in it. The answer is for the leading connection, if there is one. The daemon never
+    /// gives a keeper from one connection to another with WAL unflushed, so there it is the one
+    /// being handled.
     pub fn on_flushed(&mut self, flush_lsn: Lsn, out: &mut Vec<AcceptorAction>) {
         assert!(
             self.flush_lsn <= flush_lsn && flush_lsn <= self.write_lsn,
@@ -497,7 +518,8 @@ impl Acceptor {
     /// Bytes for a candidate or an elected proposer, only while its term is ours: a term later,
     /// what we hold may be another log. (W4)
     pub fn on_read(&self, read: &Read, out: &mut Vec<AcceptorAction>) -> Handled {
-        if read.len == 0 || read.len > Append::LEN_MAX {
+        let end_lsn = read.begin_lsn.checked_add(u64::from(read.len));
+        if read.len == 0 || read.len > Append::LEN_MAX || end_lsn.is_none() {
             return Err(Refusal::Malformed("read of impossible length"));
         }
         out.push(AcceptorAction::Read(*read));

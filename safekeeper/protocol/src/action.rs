@@ -13,8 +13,8 @@
 //! [`Acceptor::needs_flush`]: crate::Acceptor::needs_flush
 
 use crate::{
-    AcceptorMessage, AcceptorState, Lsn, ProposerMessage, Read, Term, TermHistory, TimelineFile,
-    Tli,
+    AcceptorMessage, AcceptorState, Configuration, Lsn, ProposerMessage, Read, Term, TermHistory,
+    TimelineFile, Tli,
 };
 use alloc::vec::Vec;
 
@@ -57,7 +57,8 @@ pub enum ProposerAction {
         reason: alloc::string::String,
     },
     /// Compare `begin_lsn..end_lsn` of the local log with the donor's, reading there in `term`;
-    /// tell [`Proposer::on_compared`](crate::Proposer::on_compared).
+    /// tell [`Proposer::on_compared`](crate::Proposer::on_compared). What either side has removed
+    /// meanwhile is left out; a stretch that neither removed is never skipped.
     Compare {
         donor: PeerIdx,
         term: Term,
@@ -73,14 +74,21 @@ pub enum ProposerAction {
         end_lsn: Lsn,
     },
     /// Replace the local history file, fsync it, then tell
-    /// [`Proposer::on_history_persisted`](crate::Proposer::on_history_persisted).
-    PersistHistory(TermHistory),
+    /// [`Proposer::on_history_persisted`](crate::Proposer::on_history_persisted). The same write
+    /// clears the mark of unled WAL, which is led from now on, and records the configuration.
+    PersistHistory {
+        history: TermHistory,
+        configuration: Configuration,
+    },
     /// Won: WAL from `start_lsn` on is of this term.
     Lead { term: Term, start_lsn: Lsn },
     /// Commits up to here are on a quorum: release them, and tell the members.
     Commit(Lsn),
     /// May not lead, or not yet; the reason is for the log and the view. Asked again by `on_tick`.
     Wait(crate::WaitReason),
+    /// The reign is over without another's: members changed behind it. Final for this proposer;
+    /// the host starts a new one, with its log as it stands then.
+    StandAgain,
     /// Another proposer holds a higher term. Final.
     Deposed { term: Term },
 }

@@ -15,7 +15,7 @@
 //!   TermHistory        4 count, then 20 each = term 8, tli 4, start_lsn 8
 //!   Member             8 id, 16 incarnation, string host, 2 port
 //!   set of members     2 count, then the members
-//!   Configuration      version, set, bool joint, set if joint
+//!   Configuration      lineage 16, version, set, bool joint, set if joint
 //!   TimelineFile       4 tli, 4 length, bytes
 //!   timeline files     2 count, then the files
 //!   WAL                the rest of the message, after Append's or ReadResponse's `len`
@@ -31,7 +31,7 @@ use core::fmt;
 
 use crate::{
     AcceptorGreeting, AcceptorMessage, Append, AppendResponse, ClusterIdentity, Configuration,
-    ConfigurationVersion, Configure, ConfigureResponse, Elected, Incarnation, Lsn, Member,
+    ConfigurationVersion, Configure, ConfigureResponse, Elected, Incarnation, Lineage, Lsn, Member,
     MemberId, ProposerGreeting, ProposerId, ProposerMessage, Read, ReadResponse, StandbyFeedback,
     Term, TermEntry, TermHistory, TimelineFile, Tli, VoteRequest, VoteResponse,
 };
@@ -421,12 +421,19 @@ impl<'a> Input<'a> {
     }
 
     pub fn cluster(&mut self) -> Decoded<ClusterIdentity> {
-        Ok(ClusterIdentity {
+        let cluster = ClusterIdentity {
             system_id: self.u64()?,
             name: self.string(ClusterIdentity::NAME_LEN_MAX, "cluster name")?,
             pg_major: self.u16()?,
             segment_size: self.u32()?,
-        })
+        };
+        // Divided by everywhere.
+        if !cluster.segment_size.is_power_of_two()
+            || !ClusterIdentity::SEGMENT_SIZES.contains(&cluster.segment_size)
+        {
+            return Err(DecodeError::Value("WAL segment size"));
+        }
+        Ok(cluster)
     }
 
     pub fn history(&mut self) -> Decoded<TermHistory> {
@@ -460,6 +467,7 @@ impl<'a> Input<'a> {
 
     pub fn configuration(&mut self) -> Decoded<Configuration> {
         Ok(Configuration {
+            lineage: Lineage(self.u128()?),
             version: self.version()?,
             members: self.members()?,
             new_members: if self.bool()? {
@@ -570,6 +578,7 @@ fn put_members(out: &mut Vec<u8>, members: &[Member]) {
 }
 
 fn put_configuration(out: &mut Vec<u8>, configuration: &Configuration) {
+    put_u128(out, configuration.lineage.0);
     put_version(out, configuration.version);
     put_members(out, &configuration.members);
     out.push(u8::from(configuration.new_members.is_some()));
@@ -615,6 +624,7 @@ mod tests {
     fn configuration() -> Configuration {
         let new_members = Some(vec![member(2)]);
         Configuration {
+            lineage: Lineage(0xCD),
             version: version(),
             members: vec![member(1)],
             new_members,
@@ -650,7 +660,7 @@ mod tests {
                     term: Term(2),
                     configuration: configuration(),
                 }),
-                "6301 0000000000000002 000000000000000200000001 \
+                "6301 0000000000000002 000000000000000000000000000000cd 000000000000000200000001 \
                  0001 0000000000000001 000000000000000000000000000000ab 0002736b 154e \
                  01 0001 0000000000000002 000000000000000000000000000000ab 0002736b 154e",
             ),
@@ -720,7 +730,7 @@ mod tests {
                     rival_heard_ms: 5,
                 }),
                 "4701 0000000000000001 000000000000000000000000000000ab 0000000000000003 \
-                 000000000000000200000001 \
+                 000000000000000000000000000000cd 000000000000000200000001 \
                  0001 0000000000000001 000000000000000000000000000000ab 0002736b 154e 00 \
                  00000002 0000000000000002 00000001 0000000000000100 \
                  0000000000000003 00000001 0000000000000200 \
@@ -735,7 +745,7 @@ mod tests {
                     },
                     flush_lsn: Lsn(0x210),
                 }),
-                "4301 0000000000000002 000000000000000200000001 \
+                "4301 0000000000000002 000000000000000000000000000000cd 000000000000000200000001 \
                  0001 0000000000000001 000000000000000000000000000000ab 0002736b 154e 00 \
                  0000000000000210",
             ),

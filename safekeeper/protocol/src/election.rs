@@ -26,7 +26,7 @@
 use alloc::vec::Vec;
 use core::fmt;
 
-use crate::{Log, Lsn, TermHistory, TimelineFile, Tli, common_end};
+use crate::{Configuration, Log, Lsn, TermHistory, TimelineFile, Tli, common_end};
 
 /// The proposer's own log, as Postgres's data directory holds it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,8 +42,11 @@ pub struct LocalLog {
     pub end_lsn: Lsn,
     /// Where WAL begins that was written without a term.
     pub unled_from: Option<Lsn>,
-    /// Postgres's history files of `tli` and its ancestors.
+    /// Postgres's history files of `tli` and its ancestors, newest first.
     pub timeline_files: Vec<TimelineFile>,
+    /// The configuration in the local history file; none before the first reign. A quorum of
+    /// another lineage is not ours.
+    pub configuration: Configuration,
 }
 
 /// What the server can still do about its log.
@@ -116,7 +119,7 @@ pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u
     let claim = |history: &TermHistory, start_lsn| Claim {
         history: history.clone(),
         start_lsn,
-        compare: stretch(&ours, common),
+        compare: stretch(&ours, common, segment_size),
     };
 
     let donor_is_prefix = donor.end_lsn <= ours.end_lsn && donor.is_prefix_of(&ours);
@@ -158,9 +161,15 @@ pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u
 }
 
 /// The bytes to compare: the last ones below the common point, not reaching below the log's begin.
-fn stretch(ours: &Log, common: Option<Lsn>) -> Option<(Lsn, Lsn)> {
-    let (end, begin) = (common?, ours.runs().next()?.begin);
-    Some((begin.max(Lsn(end.0.saturating_sub(COMPARE_LEN_MAX))), end))
+/// They begin with a segment, where a reader of WAL finds its feet, unless segments are so large
+/// that this could double the work.
+fn stretch(ours: &Log, common: Option<Lsn>, segment_size: u32) -> Option<(Lsn, Lsn)> {
+    let (end, log_begin) = (common?, ours.runs().next()?.begin);
+    let mut begin = Lsn(end.0.saturating_sub(COMPARE_LEN_MAX));
+    if u64::from(segment_size) <= COMPARE_LEN_MAX {
+        begin = begin.segment_start(segment_size);
+    }
+    Some((begin.max(log_begin), end))
 }
 
 #[cfg(test)]
@@ -189,6 +198,7 @@ mod tests {
             end_lsn: Lsn(end),
             unled_from: None,
             timeline_files: Vec::new(),
+            configuration: Configuration::default(),
         }
     }
 
@@ -426,7 +436,8 @@ mod tests {
         // Beyond 30 the donor holds a dead run's bytes, which differ rightly.
         assert_eq!(compare("1@10 2@30", 60, "1@10", 50), Some((10, 30)));
         assert_eq!(compare("", 60, "", 0), None);
-        let long = 10 + COMPARE_LEN_MAX + 5;
-        assert_eq!(compare("1@10", long, "1@10", long), Some((15, long)));
+        let long = 10 * u64::from(SEGMENT) + COMPARE_LEN_MAX + 5;
+        let begin = 10 * u64::from(SEGMENT);
+        assert_eq!(compare("1@10", long, "1@10", long), Some((begin, long)));
     }
 }

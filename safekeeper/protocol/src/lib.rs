@@ -40,9 +40,11 @@ pub use action::{AcceptorAction, PeerIdx, ProposerAction};
 pub use election::{Claim, Divergence, LocalLog, Standing, Verdict, decide};
 pub use lsn::{InvalidLsn, Lsn};
 pub use message::*;
-pub use proposer::{Compared, PeerAddress, PeerStatus, Proposer, ProposerSettings, WaitReason};
+pub use proposer::{
+    Compared, LocalWal, PeerAddress, PeerStatus, Proposer, ProposerSettings, WaitReason,
+};
 pub use quorum::{
-    Configuration, ConfigurationDefect, ConfigurationVersion, Incarnation, Member, MemberId,
-    majority,
+    Configuration, ConfigurationDefect, ConfigurationVersion, Incarnation, Lineage, Member,
+    MemberId, majority,
 };
 pub use term::{InvalidHistory, Log, Run, Term, TermEntry, TermHistory, Tli, common_end};

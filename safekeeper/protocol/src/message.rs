@@ -29,7 +29,7 @@ use alloc::string::String;
 use alloc::vec::Vec;
 
 use crate::{
-    Configuration, ConfigurationVersion, Incarnation, Lsn, MemberId, Term, TermHistory, Tli,
+    Configuration, ConfigurationVersion, Incarnation, Lsn, Member, MemberId, Term, TermHistory, Tli,
 };
 
 /// Random identity of one proposer. Postgres keeps it for as long as its data directory was
@@ -65,6 +65,8 @@ pub struct ClusterIdentity {
 impl ClusterIdentity {
     /// As Postgres's own names (`NAMEDATALEN` less the terminator).
     pub const NAME_LEN_MAX: usize = 63;
+    /// What initdb allows, in bytes, and only powers of two.
+    pub const SEGMENT_SIZES: core::ops::RangeInclusive<u32> = 1 << 20..=1 << 30;
 }
 
 /// Proposer's first words on a connection. Repeated when it wants to look again.
@@ -91,6 +93,11 @@ pub struct AcceptorGreeting {
 
 impl AcceptorGreeting {
     pub const NEVER_HEARD: u32 = u32::MAX;
+
+    /// It comes from this member, in this incarnation.
+    pub fn is_of(&self, member: &Member) -> bool {
+        self.member_id == member.id && self.incarnation == member.incarnation
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

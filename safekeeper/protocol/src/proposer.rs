@@ -28,12 +28,14 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::codec::MESSAGE_LEN_MAX;
 use crate::election::{Claim, Divergence, LocalLog, Standing, Verdict, decide};
 use crate::{
     AcceptorGreeting, AcceptorMessage, Append, AppendResponse, ClusterIdentity, Configuration,
-    ConfigurationVersion, Configure, ConfigureResponse, Elected, Incarnation, Log, Lsn, Member,
-    MemberId, PeerIdx, ProposerAction, ProposerGreeting, ProposerId, ProposerMessage,
-    StandbyFeedback, Term, TermEntry, TermHistory, VoteRequest, VoteResponse, common_end,
+    ConfigurationVersion, Configure, ConfigureResponse, Elected, Incarnation, Lineage, Log, Lsn,
+    Member, MemberId, PeerIdx, ProposerAction, ProposerGreeting, ProposerId, ProposerMessage,
+    StandbyFeedback, Term, TermEntry, TermHistory, TimelineFile, VoteRequest, VoteResponse,
+    common_end,
 };
 
 /// Where to dial a safekeeper.
@@ -69,8 +71,9 @@ pub enum WaitReason {
     NoQuorum { greeted: usize, needed: usize },
     /// At first use every listed safekeeper must be reachable once; these are not.
     FirstUse { missing: Vec<PeerAddress> },
-    /// Another proposer of the current term was heard within `member_timeout`.
-    Rival { term: Term, heard_ms: u32 },
+    /// Another proposer was heard within `member_timeout`, by a member of the highest term or by a
+    /// majority.
+    Rival { term: Term },
     /// This server's log cannot continue the quorum's: it must not write.
     Diverged(Divergence),
     /// The logs agree by their histories, and yet differ in bytes.
@@ -93,10 +96,7 @@ impl fmt::Display for WaitReason {
                     .iter()
                     .try_for_each(|address| write!(f, " {address}"))
             }
-            WaitReason::Rival { term, heard_ms } => write!(
-                f,
-                "another proposer of term {term} is alive, heard {heard_ms} ms ago"
-            ),
+            WaitReason::Rival { term } => write!(f, "another proposer, of term {term}, is alive"),
             WaitReason::Diverged(divergence) => divergence.fmt(f),
             WaitReason::BytesDiffer { at } => write!(
                 f,
@@ -120,6 +120,16 @@ pub enum Compared {
     Unavailable {
         reason: String,
     },
+}
+
+/// How far the local WAL reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalWal {
+    /// WAL can be read and sent up to here.
+    pub end_lsn: Lsn,
+    /// On the local disk up to here: WAL above it may have to be fetched back after a crash, so
+    /// the members keep it.
+    pub flush_lsn: Lsn,
 }
 
 /// What the view shows of one peer.
@@ -161,10 +171,12 @@ enum Phase {
     Voting {
         deadline_ms: u64,
     },
+    /// Asks again, or another donor of the same log, at `retry_ms` if the donor failed.
     Comparing {
         claim: Claim,
         missing: Option<(Lsn, Lsn)>,
         donor: PeerIdx,
+        retry_ms: Option<u64>,
     },
     Completing {
         claim: Claim,
@@ -189,6 +201,10 @@ struct Link {
     greeting: Option<AcceptorGreeting>,
     /// A greeting was sent and not answered.
     greeting_due: bool,
+    /// Likewise a configuration.
+    configure_due: bool,
+    /// The current candidacy has asked here.
+    vote_asked: bool,
     configured: Option<ConfigurationVersion>,
     /// Log of the voter, if it granted the current candidacy's vote here.
     vote: Option<Log>,
@@ -210,13 +226,6 @@ struct Stream {
     write_lsn: Lsn,
 }
 
-/// What a member has acknowledged: kept over reconnects, for this term and incarnation only.
-#[derive(Clone, Copy, Debug)]
-struct Acknowledged {
-    incarnation: Incarnation,
-    flush_lsn: Lsn,
-}
-
 /// Consensus state of one Postgres server.
 #[derive(Clone, Debug)]
 pub struct Proposer {
@@ -230,7 +239,12 @@ pub struct Proposer {
     history: TermHistory,
     commit_lsn: Lsn,
     links: Vec<Option<Link>>,
-    acknowledged: BTreeMap<MemberId, Acknowledged>,
+    /// What members have acknowledged: kept over reconnects, for this term and incarnation only.
+    acknowledged: BTreeMap<(MemberId, Incarnation), Lsn>,
+    /// The local WAL's end on the local disk, as last told.
+    local_flush_lsn: Lsn,
+    /// Of a first configuration that would be written by this proposer.
+    lineage: Lineage,
     wait_reason: Option<WaitReason>,
     random: u64,
 }
@@ -245,8 +259,11 @@ impl Proposer {
         now_ms: u64,
     ) -> Proposer {
         let links = settings.peers.iter().map(|_| None).collect();
-        let random = settings.seed | 1;
+        let mut random = settings.seed | 1;
+        let drawn = [0; 2].map(|_| u128::from(next_random(&mut random)));
         Proposer {
+            lineage: Lineage(settings.proposer_id.0 ^ drawn[0] << 64 ^ drawn[1]),
+            configuration: local.configuration.clone(),
             settings,
             local,
             standing,
@@ -254,11 +271,11 @@ impl Proposer {
                 deadline_ms: now_ms + LOOK_AGAIN_MS,
             },
             term: Term::NONE,
-            configuration: Configuration::default(),
             history: TermHistory::default(),
             commit_lsn: Lsn::INVALID,
             links,
             acknowledged: BTreeMap::new(),
+            local_flush_lsn: Lsn::INVALID,
             wait_reason: None,
             random,
         }
@@ -278,13 +295,7 @@ impl Proposer {
         // A candidacy that can't succeed any more need not wait for its deadline.
         let hopeless = match self.phase {
             Phase::Configuring { .. } => true,
-            Phase::Voting { .. } => {
-                let connected: Vec<MemberId> = self
-                    .member_links()
-                    .filter_map(|(_, link)| Some(link.greeting.as_ref()?.member_id))
-                    .collect();
-                !self.configuration.has_quorum(|id| connected.contains(&id))
-            }
+            Phase::Voting { .. } => !self.configuration.has_quorum(|member| self.hears(member)),
             _ => false,
         };
         if hopeless {
@@ -312,7 +323,7 @@ impl Proposer {
                 self.on_vote_response(peer, response, now_ms, out);
             }
             AcceptorMessage::AppendResponse(response) => {
-                self.on_append_response(peer, response, now_ms, out);
+                self.on_append_response(peer, response, out);
             }
             // Answers to Read arrive on connections of their own, which the host drives.
             AcceptorMessage::ReadResponse(_) => {
@@ -345,32 +356,44 @@ impl Proposer {
                 self.pause(now_ms);
             }
             Phase::Greeting { deadline_ms } if now_ms >= deadline_ms => self.evaluate(now_ms, out),
+            Phase::Comparing {
+                retry_ms: Some(retry_ms),
+                ..
+            } if now_ms >= retry_ms => {
+                self.compare_again(now_ms, out);
+            }
             _ => {}
         }
     }
 
-    /// When [`Self::on_tick`] (and, while leading, [`Self::next_append`]) has something to do at
-    /// the latest, if nothing else happens.
-    pub fn next_tick_ms(&self) -> u64 {
+    /// When there is something to do at the latest if nothing else happens: by [`Self::on_tick`],
+    /// or by [`Self::next_append`] for the peers that `can_send`. A peer whose socket is full is
+    /// left out: its heartbeat can't go out, and to come back for it at once would be a busy loop.
+    pub fn next_tick_ms(&self, can_send: impl Fn(PeerIdx) -> bool) -> u64 {
         let of_phase = match self.phase {
             Phase::Waiting { until_ms, .. } => until_ms,
             Phase::Greeting { deadline_ms }
             | Phase::Voting { deadline_ms }
             | Phase::Configuring { deadline_ms, .. } => deadline_ms,
+            Phase::Comparing {
+                retry_ms: Some(retry_ms),
+                ..
+            } => retry_ms,
             _ => u64::MAX,
         };
-        let of_links = self.links.iter().flatten().map(|link| {
+        let of_links = self.peer_indexes().filter_map(|peer| {
+            let link = self.links[peer.0].as_ref()?;
             let timeout = if link.expects_answer() {
                 link.last_heard_ms + self.settings.member_timeout_ms
             } else {
                 u64::MAX
             };
-            let heartbeat = if link.stream.is_some() {
+            let heartbeat = if self.next_lsn(peer).is_some() && can_send(peer) {
                 link.last_sent_ms + self.heartbeat_ms()
             } else {
                 u64::MAX
             };
-            timeout.min(heartbeat)
+            Some(timeout.min(heartbeat))
         });
         of_links.min().unwrap_or(u64::MAX).min(of_phase)
     }
@@ -396,6 +419,8 @@ impl Proposer {
             Phase::Greeting { .. } | Phase::Waiting { eager: true, .. } => {
                 self.evaluate(now_ms, out);
             }
+            // Late, but its vote may be the one that is missing.
+            Phase::Voting { .. } => self.ask_for_vote(peer, now_ms, out),
             _ => {}
         }
     }
@@ -418,63 +443,111 @@ impl Proposer {
         if self.configuration.is_none() || self.configuration.is_provisional() {
             return self.first_configuration().map(Some);
         }
-        let members: Vec<&AcceptorGreeting> = self
-            .member_links()
-            .filter_map(|(_, link)| link.greeting.as_ref())
-            .collect();
-        let greeted = |id| members.iter().any(|greeting| greeting.member_id == id);
-        if !self.configuration.has_quorum(greeted) {
+        if !self.configuration.has_quorum(|member| self.hears(member)) {
+            let greeted = self.member_links().count();
             let needed = self.configuration.quorum_size();
-            return Err(WaitReason::NoQuorum {
-                greeted: members.len(),
-                needed,
-            });
+            return Err(WaitReason::NoQuorum { greeted, needed });
         }
-
-        let term = members
-            .iter()
-            .map(|greeting| greeting.term)
-            .max()
-            .unwrap_or(Term::NONE);
-        let heard_ms = members
-            .iter()
-            .filter(|greeting| greeting.term == term)
-            .map(|greeting| greeting.rival_heard_ms)
-            .min()
-            .unwrap_or(AcceptorGreeting::NEVER_HEARD);
-        if u64::from(heard_ms) < self.settings.member_timeout_ms {
-            return Err(WaitReason::Rival { term, heard_ms });
+        if let Some(term) = self.rival() {
+            return Err(WaitReason::Rival { term });
         }
-
-        let logs = members
-            .iter()
-            .map(|greeting| Log::new(&greeting.history, greeting.flush_lsn));
+        let greetings = self
+            .member_links()
+            .filter_map(|(_, link)| link.greeting.as_ref());
+        let logs = greetings.map(|greeting| Log::new(&greeting.history, greeting.flush_lsn));
         let donor = logs.max_by_key(Log::rank).unwrap_or_default();
         match self.decide(&donor) {
-            Verdict::Lead(_) | Verdict::Complete { .. } => Ok(None),
+            Verdict::Lead(claim) | Verdict::Complete { claim, .. } => {
+                self.next_term()
+                    .and_then(|term| self.new_history(&claim, term))?;
+                Ok(None)
+            }
             Verdict::Refuse(divergence) => Err(WaitReason::Diverged(divergence)),
         }
     }
 
-    /// The highest version among the greetings and what we had.
+    /// A member that has greeted us on a connection that is open.
+    fn hears(&self, member: &Member) -> bool {
+        self.member_links().any(|(_, link)| link.is_of(member))
+    }
+
+    /// The highest term, if another proposer may be alive: a member of that term has heard it
+    /// within member_timeout, or those that have heard none are no quorum. A minority of an older
+    /// term may go on hearing a proposer that can't commit any more; it keeps nobody from leading.
+    fn rival(&self) -> Option<Term> {
+        let timeout_ms = self.settings.member_timeout_ms;
+        let greetings = || {
+            self.member_links()
+                .filter_map(|(_, link)| link.greeting.as_ref())
+        };
+        let is_heard_by = |g: &AcceptorGreeting| u64::from(g.rival_heard_ms) < timeout_ms;
+        let highest = greetings().map(|greeting| greeting.term).max()?;
+        let heard = greetings().any(|greeting| greeting.term == highest && is_heard_by(greeting));
+        let quiet = self
+            .configuration
+            .has_quorum(|member| greetings().any(|g| g.is_of(member) && !is_heard_by(g)));
+        (heard || !quiet).then_some(highest)
+    }
+
+    /// One above every term that matters: what a member of another quorum says does not.
+    fn next_term(&self) -> Result<Term, WaitReason> {
+        let members = self.member_links().map(|(_, link)| link.term);
+        let local = self.local.history.last().map(|entry| entry.term);
+        let highest = members
+            .chain(local)
+            .chain([self.term])
+            .max()
+            .unwrap_or(Term::NONE);
+        let at_the_end =
+            || WaitReason::Membership("a safekeeper is at the end of terms".to_string());
+        highest.next().ok_or_else(at_the_end)
+    }
+
+    /// The history of a reign that would begin by this claim.
+    fn new_history(&self, claim: &Claim, term: Term) -> Result<TermHistory, WaitReason> {
+        let entry = TermEntry {
+            term,
+            tli: self.local.tli,
+            start_lsn: claim.start_lsn,
+        };
+        let history = claim.history.succeeded_by(entry);
+        history.map_err(|invalid| WaitReason::Membership(invalid.to_string()))
+    }
+
+    /// The highest version of our lineage: of the one we know, or else of the only one there is.
+    /// A provisional one that we know binds nobody but those who hold it.
     fn adopt_configuration(&mut self) -> Result<(), WaitReason> {
-        for link in self.links.iter().flatten() {
-            let Some(greeting) = &link.greeting else {
-                continue;
-            };
+        let known = !self.configuration.is_none() && !self.configuration.is_provisional();
+        let mut adopted = if known {
+            self.configuration.clone()
+        } else {
+            Configuration::default()
+        };
+        for greeting in self
+            .links
+            .iter()
+            .flatten()
+            .filter_map(|link| link.greeting.as_ref())
+        {
             let theirs = &greeting.configuration;
-            if theirs.version > self.configuration.version {
-                self.configuration = theirs.clone();
-            } else if theirs.version == self.configuration.version
-                && !theirs.same_members(&self.configuration)
-            {
+            if theirs.is_none() {
+                continue;
+            }
+            if !adopted.is_none() && theirs.lineage != adopted.lineage {
+                if known {
+                    continue;
+                }
                 return Err(WaitReason::Membership(format!(
-                    "safekeeper {} holds configuration {theirs}, another one holds {}: they were first \
-                     configured with different lists",
-                    greeting.member_id, self.configuration
+                    "safekeeper {} holds configuration {theirs}, another one holds {adopted}: they were \
+                     first configured by different servers; remove the stranger from the list",
+                    greeting.member_id
                 )));
             }
+            if theirs.version > adopted.version {
+                adopted = theirs.clone();
+            }
         }
+        self.configuration = adopted;
         Ok(())
     }
 
@@ -508,6 +581,13 @@ impl Proposer {
         if !missing.is_empty() {
             return Err(WaitReason::FirstUse { missing });
         }
+        if members.len() > Configuration::MEMBERS_MAX {
+            return Err(WaitReason::Membership(format!(
+                "{} safekeepers are listed, at most {} are supported",
+                members.len(),
+                Configuration::MEMBERS_MAX
+            )));
+        }
         let Some(term) = highest.next() else {
             return Err(WaitReason::Membership(
                 "a safekeeper is at the end of terms".to_string(),
@@ -517,12 +597,18 @@ impl Proposer {
             term,
             generation: ConfigurationVersion::PROVISIONAL,
         };
+        let begun = self.configuration.is_provisional();
         let ours = Configuration {
+            lineage: if begun {
+                self.configuration.lineage
+            } else {
+                self.lineage
+            },
             version,
             members,
             new_members: None,
         };
-        if self.configuration.is_provisional() && !ours.same_members(&self.configuration) {
+        if begun && !ours.same_members(&self.configuration) {
             return Err(WaitReason::Membership(format!(
                 "a first configuration {} was begun with other safekeepers than the list names: restore \
                  the list, or make those safekeepers anew with `safekeeper init`",
@@ -557,6 +643,7 @@ impl Proposer {
         let held = response.configuration.version;
         if let Some(link) = &mut self.links[peer.0] {
             link.configured = Some(held);
+            link.configure_due = false;
             link.term = response.term;
             if let Some(greeting) = &mut link.greeting {
                 greeting.term = response.term;
@@ -564,8 +651,7 @@ impl Proposer {
             }
         }
         match &self.phase {
-            Phase::Leading if response.term > self.term => self.depose(response.term, out),
-            Phase::Leading => self.elect(peer, now_ms, out),
+            Phase::Leading => self.welcome(peer, now_ms, out),
             Phase::Configuring {
                 term,
                 configuration,
@@ -619,29 +705,39 @@ impl Proposer {
     // ---- candidacy ------------------------------------------------------------------------
 
     fn ask_for_votes(&mut self, now_ms: u64, out: &mut Actions) {
-        let highest = self.links.iter().flatten().map(|link| link.term).max();
-        let Some(term) = highest.unwrap_or(Term::NONE).max(self.term).next() else {
-            let reason = "a safekeeper is at the end of terms".to_string();
-            return self.wait(WaitReason::Membership(reason), now_ms, out);
-        };
-        self.term = term;
+        match self.next_term() {
+            Ok(term) => self.term = term,
+            Err(reason) => return self.wait(reason, now_ms, out),
+        }
         self.acknowledged.clear();
         self.phase = Phase::Voting {
             deadline_ms: now_ms + self.settings.member_timeout_ms,
         };
+        for peer in self.peer_indexes() {
+            if let Some(link) = &mut self.links[peer.0] {
+                link.vote_asked = false;
+                link.vote = None;
+                link.stream = None;
+            }
+            self.ask_for_vote(peer, now_ms, out);
+        }
+    }
+
+    fn ask_for_vote(&mut self, peer: PeerIdx, now_ms: u64, out: &mut Actions) {
         let request = VoteRequest {
             configuration_version: self.configuration.version,
             term: self.term,
         };
-        for peer in self.member_peers() {
-            if let Some(link) = &mut self.links[peer.0] {
-                link.vote = None;
-                link.stream = None;
-                link.last_sent_ms = now_ms;
-                let message = ProposerMessage::VoteRequest(request);
-                out.push(ProposerAction::Send { to: peer, message });
-            }
+        if !self.speaks_for_member(peer) {
+            return;
         }
+        let Some(link) = self.links[peer.0].as_mut().filter(|link| !link.vote_asked) else {
+            return;
+        };
+        link.vote_asked = true;
+        link.last_sent_ms = now_ms;
+        let message = ProposerMessage::VoteRequest(request);
+        out.push(ProposerAction::Send { to: peer, message });
     }
 
     fn on_vote_response(
@@ -657,19 +753,21 @@ impl Proposer {
         };
         link.term = response.term;
         let granted = response.granted && response.term == term;
+        // What the greeting said of it is older.
+        if let Some(greeting) = &mut link.greeting {
+            greeting.term = response.term;
+            greeting.history = response.history.clone();
+            greeting.flush_lsn = response.flush_lsn;
+        }
         if granted {
             link.vote = Some(Log::new(&response.history, response.flush_lsn));
-            // What the greeting said of its log may be older.
-            if let Some(greeting) = &mut link.greeting {
-                greeting.term = response.term;
-                greeting.history = response.history.clone();
-                greeting.flush_lsn = response.flush_lsn;
-            }
         }
         match self.phase {
-            Phase::Leading if response.term > term => self.depose(response.term, out),
-            Phase::Leading if granted => self.elect(peer, now_ms, out),
+            Phase::Leading => self.welcome(peer, now_ms, out),
             Phase::Voting { .. } if granted => self.count_votes(now_ms, out),
+            // Answer to a candidacy that is over.
+            _ if response.term < term
+                && response.configuration_version <= self.configuration.version => {}
             // A higher term, or an equal one given to another (W5); or our configuration is too
             // old. This candidacy is lost: look again.
             _ if counting => self.pause(now_ms),
@@ -678,19 +776,18 @@ impl Proposer {
     }
 
     fn count_votes(&mut self, now_ms: u64, out: &mut Actions) {
-        let votes: Vec<(PeerIdx, MemberId, &Log)> = self
-            .member_links()
-            .filter_map(|(peer, link)| {
-                Some((peer, link.greeting.as_ref()?.member_id, link.vote.as_ref()?))
+        let votes = self.votes();
+        let voted = |member: &Member| {
+            votes.iter().any(|(peer, _)| {
+                self.links[peer.0]
+                    .as_ref()
+                    .is_some_and(|link| link.is_of(member))
             })
-            .collect();
-        let won = self
-            .configuration
-            .has_quorum(|id| votes.iter().any(|(_, voter, _)| *voter == id));
-        if !won {
+        };
+        if !self.configuration.has_quorum(voted) {
             return;
         }
-        let Some(&(donor, _, log)) = votes.iter().max_by_key(|(_, _, log)| log.rank()) else {
+        let Some(&(donor, log)) = votes.iter().max_by_key(|(_, log)| log.rank()) else {
             return;
         };
         let (claim, missing) = match self.decide(log) {
@@ -706,6 +803,7 @@ impl Proposer {
                 claim,
                 missing,
                 donor,
+                retry_ms: None,
             };
             out.push(ProposerAction::Compare {
                 donor,
@@ -718,13 +816,21 @@ impl Proposer {
         }
     }
 
+    /// The connected members that granted this candidacy's vote, with their logs.
+    fn votes(&self) -> Vec<(PeerIdx, &Log)> {
+        self.member_links()
+            .filter_map(|(peer, link)| Some((peer, link.vote.as_ref()?)))
+            .collect()
+    }
+
     /// Answer to [`ProposerAction::Compare`].
     pub fn on_compared(&mut self, outcome: Compared, now_ms: u64, out: &mut Actions) {
         let Phase::Comparing {
             claim,
             missing,
             donor,
-        } = &self.phase
+            retry_ms,
+        } = &mut self.phase
         else {
             return;
         };
@@ -739,7 +845,45 @@ impl Proposer {
                 self.wait(WaitReason::BytesDiffer { at }, now_ms, out);
                 self.phase = Phase::Refused;
             }
-            Compared::Unavailable { reason } => self.wait(WaitReason::Donor(reason), now_ms, out),
+            // The term is won, and stays won; a new one would help nobody.
+            Compared::Unavailable { reason } => {
+                *retry_ms = Some(now_ms + LOOK_AGAIN_MS);
+                self.tell(WaitReason::Donor(reason), out);
+            }
+        }
+    }
+
+    /// The same donor again, or the next voter whose log is as good; without one, all anew.
+    fn compare_again(&mut self, now_ms: u64, out: &mut Actions) {
+        let best = self.votes().iter().map(|(_, log)| log.rank()).max();
+        let equals: Vec<PeerIdx> = self
+            .votes()
+            .iter()
+            .filter(|(_, log)| Some(log.rank()) == best)
+            .map(|(peer, _)| *peer)
+            .collect();
+        let term = self.term;
+        let Phase::Comparing {
+            claim,
+            donor,
+            retry_ms,
+            ..
+        } = &mut self.phase
+        else {
+            return;
+        };
+        let next = equals.iter().find(|&peer| peer > donor).or(equals.first());
+        match (next, claim.compare) {
+            (Some(&next), Some((begin_lsn, end_lsn))) => {
+                (*donor, *retry_ms) = (next, None);
+                out.push(ProposerAction::Compare {
+                    donor: next,
+                    term,
+                    begin_lsn,
+                    end_lsn,
+                });
+            }
+            _ => self.pause(now_ms),
         }
     }
 
@@ -778,22 +922,18 @@ impl Proposer {
 
     /// The history goes to the local disk before a byte is pushed under it.
     fn claim(&mut self, claim: Claim, now_ms: u64, out: &mut Actions) {
-        let entry = TermEntry {
-            term: self.term,
-            tli: self.local.tli,
-            start_lsn: claim.start_lsn,
-        };
-        match claim.history.with(entry) {
+        match self.new_history(&claim, self.term) {
             Ok(history) => {
                 self.phase = Phase::Persisting {
                     history: history.clone(),
                 };
-                out.push(ProposerAction::PersistHistory(history));
+                let configuration = self.configuration.clone();
+                out.push(ProposerAction::PersistHistory {
+                    history,
+                    configuration,
+                });
             }
-            // A local timeline below the log's: this server can't have written it.
-            Err(invalid) => {
-                self.wait(WaitReason::Membership(invalid.to_string()), now_ms, out);
-            }
+            Err(reason) => self.wait(reason, now_ms, out),
         }
     }
 
@@ -804,6 +944,8 @@ impl Proposer {
         };
         self.history = history.clone();
         self.local.history = history.clone();
+        self.local.configuration = self.configuration.clone();
+        self.local.unled_from = None;
         self.phase = Phase::Leading;
         self.wait_reason = None;
         out.push(ProposerAction::Lead {
@@ -826,15 +968,17 @@ impl Proposer {
             return;
         };
         let (term, version) = (greeting.term, greeting.configuration.version);
+        // A stranger's term is not ours to heed: it was won, if it was, in another quorum.
+        if !self.speaks_for_member(peer) {
+            return;
+        }
         if term > self.term {
             return self.depose(term, out);
         }
         if version > self.configuration.version {
-            // Another proposer changed the members in a term below ours that we did not see.
-            // Stand again, with that configuration.
-            return self.pause(now_ms);
+            return self.stand_again(out);
         }
-        if self.is_member(greeting) && version < self.configuration.version {
+        if version < self.configuration.version {
             let configuration = self.configuration.clone();
             self.send_configure(peer, self.term, &configuration, now_ms, out);
         } else {
@@ -850,8 +994,7 @@ impl Proposer {
         let Some(greeting) = &link.greeting else {
             return;
         };
-        let speaks_for_member = self.member_links().any(|(member, _)| member == peer);
-        if !speaks_for_member || link.stream.is_some() {
+        if !self.speaks_for_member(peer) || link.stream.is_some() {
             return;
         }
         let theirs = Log::new(&greeting.history, greeting.flush_lsn);
@@ -866,7 +1009,7 @@ impl Proposer {
             term: self.term,
             history: self.history.clone(),
             start_lsn,
-            timeline_files: self.local.timeline_files.clone(),
+            timeline_files: self.timeline_files(),
         };
         if let Some(link) = &mut self.links[peer.0] {
             link.stream = Some(Stream {
@@ -883,13 +1026,24 @@ impl Proposer {
         });
     }
 
-    fn on_append_response(
-        &mut self,
-        peer: PeerIdx,
-        response: &AppendResponse,
-        now_ms: u64,
-        out: &mut Actions,
-    ) {
+    /// The newest ones, as far as a message holds them.
+    fn timeline_files(&self) -> Vec<TimelineFile> {
+        let files = self
+            .local
+            .timeline_files
+            .iter()
+            .take(TimelineFile::COUNT_MAX);
+        let mut len = 0;
+        files
+            .take_while(|file| {
+                len += file.content.len();
+                file.content.len() <= TimelineFile::LEN_MAX && len <= MESSAGE_LEN_MAX / 2
+            })
+            .cloned()
+            .collect()
+    }
+
+    fn on_append_response(&mut self, peer: PeerIdx, response: &AppendResponse, out: &mut Actions) {
         if !self.is_leading() {
             return;
         }
@@ -897,7 +1051,7 @@ impl Proposer {
             return self.depose(response.term, out);
         }
         if response.configuration_version > self.configuration.version {
-            return self.pause(now_ms);
+            return self.stand_again(out);
         }
         let Some(link) = &mut self.links[peer.0] else {
             return;
@@ -924,54 +1078,42 @@ impl Proposer {
         stream.following = true;
         stream.write_lsn = stream.write_lsn.max(response.write_lsn);
         let (id, incarnation) = (greeting.member_id, greeting.incarnation);
-        self.acknowledge(id, incarnation, response.flush_lsn);
+        let acknowledged = self.acknowledged.entry((id, incarnation)).or_default();
+        *acknowledged = response.flush_lsn.max(*acknowledged);
         self.advance_commit(out);
-    }
-
-    fn acknowledge(&mut self, id: MemberId, incarnation: Incarnation, flush_lsn: Lsn) {
-        let entry = self.acknowledged.entry(id).or_insert(Acknowledged {
-            incarnation,
-            flush_lsn,
-        });
-        if entry.incarnation == incarnation {
-            entry.flush_lsn = entry.flush_lsn.max(flush_lsn);
-        } else {
-            *entry = Acknowledged {
-                incarnation,
-                flush_lsn,
-            };
-        }
     }
 
     /// What a majority of all members has flushed in this term; one that has not taken this
     /// term's Elected counts as nothing. Only from the term's start on: older WAL on a majority
     /// may still lose to a log of a newer term that a minority holds (Raft §5.4.2).
     fn advance_commit(&mut self, out: &mut Actions) {
-        let reached = self.configuration.quorum_lsn(|id| self.flushed(id));
+        let reached = self
+            .configuration
+            .quorum_lsn(|member| self.flushed(member.id, member.incarnation));
         if reached >= self.term_start_lsn() && reached > self.commit_lsn {
             self.commit_lsn = reached;
             out.push(ProposerAction::Commit(reached));
         }
     }
 
-    /// [`Lsn::INVALID`] for a member that has acknowledged nothing in this term, or whose
-    /// acknowledgement came from another incarnation than the configuration names.
-    fn flushed(&self, id: MemberId) -> Lsn {
+    /// [`Lsn::INVALID`] for one that has acknowledged nothing in this term.
+    fn flushed(&self, id: MemberId, incarnation: Incarnation) -> Lsn {
         self.acknowledged
-            .get(&id)
-            .filter(|known| self.configuration.member(id, known.incarnation).is_some())
-            .map_or(Lsn::INVALID, |known| known.flush_lsn)
+            .get(&(id, incarnation))
+            .copied()
+            .unwrap_or(Lsn::INVALID)
     }
 
-    /// The next Append for this peer, with WAL that is readable up to `wal_end`: WAL if there is
-    /// some to send and the window is open, else a heartbeat if one is due or `commit_lsn` has
-    /// moved, else nothing. It counts as sent: a host that can't deliver it must disconnect.
+    /// The next Append for this peer: WAL if there is some to send and the window is open, else a
+    /// heartbeat if one is due or `commit_lsn` has moved, else nothing. It counts as sent: a host
+    /// that can't deliver it must disconnect.
     ///
-    /// A host that has no WAL at hand at [`Self::next_lsn`] passes that as `wal_end`.
-    pub fn next_append(&mut self, peer: PeerIdx, wal_end: Lsn, now_ms: u64) -> Option<Append> {
+    /// A host that has no WAL at hand at [`Self::next_lsn`] passes that as the end of its WAL.
+    pub fn next_append(&mut self, peer: PeerIdx, wal: LocalWal, now_ms: u64) -> Option<Append> {
         if !self.is_leading() {
             return None;
         }
+        self.local_flush_lsn = self.local_flush_lsn.max(wal.flush_lsn);
         let heartbeat_ms = self.heartbeat_ms();
         let truncate_lsn = self.truncate_lsn();
         let link = self.links[peer.0].as_mut()?;
@@ -985,7 +1127,7 @@ impl Proposer {
                 .entries()
                 .iter()
                 .find(|e| e.start_lsn > begin_lsn && e.tli != tli);
-            let end = next_tli.map_or(wal_end, |entry| entry.start_lsn.min(wal_end));
+            let end = next_tli.map_or(wal.end_lsn, |entry| entry.start_lsn.min(wal.end_lsn));
             end.saturating_distance_from(begin_lsn)
                 .min(u64::from(Append::LEN_MAX))
         } else {
@@ -1030,7 +1172,8 @@ impl Proposer {
             .member_links()
             .filter(|(_, link)| link.stream.is_some_and(|stream| stream.following))
             .filter_map(|(peer, link)| {
-                Some((self.flushed(link.greeting.as_ref()?.member_id), peer))
+                let greeting = link.greeting.as_ref()?;
+                Some((self.flushed(greeting.member_id, greeting.incarnation), peer))
             })
             .filter(|(flush_lsn, _)| *flush_lsn > lsn)
             .collect();
@@ -1106,8 +1249,8 @@ impl Proposer {
             state: self.link_state(link),
             term: link.term,
             sent_lsn: link.stream.map_or(greeted_lsn, |stream| stream.sent_lsn),
-            flush_lsn: match (member_id, link.stream) {
-                (Some(id), Some(_)) => self.flushed(id),
+            flush_lsn: match (&link.greeting, link.stream) {
+                (Some(g), Some(_)) => self.flushed(g.member_id, g.incarnation),
                 _ => greeted_lsn,
             },
             commit_lsn: link.commit_lsn,
@@ -1153,12 +1296,18 @@ impl Proposer {
         (0..self.links.len()).map(PeerIdx)
     }
 
-    /// Connected members, one link for each id: two addresses may lead to one safekeeper, and it
+    /// This connection is the one that counts for a member.
+    fn speaks_for_member(&self, peer: PeerIdx) -> bool {
+        self.member_links().any(|(member, _)| member == peer)
+    }
+
+    /// Connected members, one link for each: two addresses may lead to one safekeeper, and it
     /// must not count twice nor lead itself astray.
     fn member_links(&self) -> impl Iterator<Item = (PeerIdx, &Link)> {
         let id_of = |link: &Option<Link>| {
             let greeting = link.as_ref()?.greeting.as_ref()?;
-            self.is_member(greeting).then_some(greeting.member_id)
+            self.is_member(greeting)
+                .then_some((greeting.member_id, greeting.incarnation))
         };
         self.links
             .iter()
@@ -1172,22 +1321,19 @@ impl Proposer {
             })
     }
 
-    fn member_peers(&self) -> Vec<PeerIdx> {
-        self.member_links().map(|(peer, _)| peer).collect()
-    }
-
     fn heartbeat_ms(&self) -> u64 {
         self.settings.member_timeout_ms / HEARTBEATS_PER_TIMEOUT
     }
 
-    /// What every member has flushed; [`Lsn::INVALID`] while one is unheard in this term.
+    /// What every member, and the local disk, has flushed; [`Lsn::INVALID`] while a member is
+    /// unheard in this term.
     fn truncate_lsn(&self) -> Lsn {
-        let lowest = self
-            .configuration
-            .all_members()
-            .map(|member| self.flushed(member.id))
+        let members = self.configuration.all_members();
+        let lowest = members
+            .map(|member| self.flushed(member.id, member.incarnation))
             .min();
-        lowest.unwrap_or(Lsn::INVALID).min(self.commit_lsn)
+        let lowest = lowest.unwrap_or(Lsn::INVALID).min(self.local_flush_lsn);
+        lowest.min(self.commit_lsn)
     }
 
     fn greet(&mut self, peer: PeerIdx, now_ms: u64, out: &mut Actions) {
@@ -1210,6 +1356,7 @@ impl Proposer {
                 link.vote = None;
                 link.stream = None;
                 link.configured = None;
+                link.configure_due = false;
                 if link.greeting_due {
                     continue;
                 }
@@ -1231,6 +1378,7 @@ impl Proposer {
     ) {
         if let Some(link) = &mut self.links[peer.0] {
             link.last_sent_ms = now_ms;
+            link.configure_due = true;
             let configure = Configure {
                 term,
                 configuration: configuration.clone(),
@@ -1250,13 +1398,26 @@ impl Proposer {
 
     /// A higher term exists: whatever this server writes from now on, no quorum will take it.
     fn depose(&mut self, term: Term, out: &mut Actions) {
-        self.phase = Phase::Deposed;
+        self.end_reign(Phase::Deposed);
         out.push(ProposerAction::Deposed { term });
+    }
+
+    /// The members changed without us, in a term below ours that we did not see.
+    fn stand_again(&mut self, out: &mut Actions) {
+        self.end_reign(Phase::Refused);
+        out.push(ProposerAction::StandAgain);
+    }
+
+    fn end_reign(&mut self, phase: Phase) {
+        self.phase = phase;
+        for link in self.links.iter_mut().flatten() {
+            link.stream = None;
+        }
     }
 
     /// End a candidacy that may succeed at the next attempt.
     fn pause(&mut self, now_ms: u64) {
-        let pause_ms = 50 + self.random() % (PAUSE_MS_MAX - 50);
+        let pause_ms = 50 + next_random(&mut self.random) % (PAUSE_MS_MAX - 50);
         self.phase = Phase::Waiting {
             until_ms: now_ms + pause_ms,
             eager: false,
@@ -1264,28 +1425,45 @@ impl Proposer {
     }
 
     fn wait(&mut self, reason: WaitReason, now_ms: u64, out: &mut Actions) {
+        // Greetings that come meanwhile are looked at, and must not put off the next round: else
+        // one safekeeper that reconnects all the time keeps what the others said for ever.
+        let until_ms = match self.phase {
+            Phase::Waiting { until_ms, .. } => until_ms,
+            _ => now_ms + LOOK_AGAIN_MS,
+        };
         self.phase = Phase::Waiting {
-            until_ms: now_ms + LOOK_AGAIN_MS,
+            until_ms,
             eager: true,
         };
+        self.tell(reason, out);
+    }
+
+    fn tell(&mut self, reason: WaitReason, out: &mut Actions) {
         if self.wait_reason.as_ref() != Some(&reason) {
             self.wait_reason = Some(reason.clone());
             out.push(ProposerAction::Wait(reason));
         }
     }
+}
 
-    /// xorshift64*: good enough to part two rivals.
-    fn random(&mut self) -> u64 {
-        self.random ^= self.random >> 12;
-        self.random ^= self.random << 25;
-        self.random ^= self.random >> 27;
-        self.random.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 1
-    }
+/// xorshift64*: good enough to part two rivals.
+fn next_random(state: &mut u64) -> u64 {
+    *state ^= *state >> 12;
+    *state ^= *state << 25;
+    *state ^= *state >> 27;
+    state.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 1
 }
 
 impl Link {
+    /// This member, in this incarnation, has greeted here.
+    fn is_of(&self, member: &Member) -> bool {
+        self.greeting
+            .as_ref()
+            .is_some_and(|greeting| greeting.is_of(member))
+    }
+
     /// Silence on this connection means something: an answer is due, or will be by heartbeat.
     fn expects_answer(&self) -> bool {
-        self.greeting_due || self.stream.is_some()
+        self.greeting_due || self.configure_due || self.stream.is_some()
     }
 }

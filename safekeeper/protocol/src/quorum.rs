@@ -9,6 +9,7 @@
 
 use alloc::string::String;
 use alloc::vec::Vec;
+use core::cmp::Ordering;
 use core::fmt;
 
 use crate::{Lsn, Term};
@@ -61,9 +62,12 @@ impl Member {
     pub const HOST_LEN_MAX: usize = 255;
 }
 
-/// Version of a configuration, compared term first. The term is that of the proposer that wrote
-/// it: two proposers may both write a "generation 2", but never in the same term (S1).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+/// Version of a configuration. The term is that of the proposer that wrote it: two proposers may
+/// both write a "generation 2", but never in the same term, so the term compares first (S1).
+///
+/// Before that, a provisional version compares lower than every confirmed one: a proposer that
+/// has not heard of the confirmation and begins anew, in a higher term, must not undo it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ConfigurationVersion {
     pub term: Term,
     pub generation: u32,
@@ -80,15 +84,51 @@ impl ConfigurationVersion {
     pub const PROVISIONAL: u32 = 0;
 }
 
+impl Ord for ConfigurationVersion {
+    fn cmp(&self, other: &ConfigurationVersion) -> Ordering {
+        let rank = |version: &ConfigurationVersion| {
+            let confirmed = version.generation != ConfigurationVersion::PROVISIONAL;
+            (confirmed, version.term, version.generation)
+        };
+        rank(self).cmp(&rank(other))
+    }
+}
+
+impl PartialOrd for ConfigurationVersion {
+    fn partial_cmp(&self, other: &ConfigurationVersion) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
 impl fmt::Display for ConfigurationVersion {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}.{}", self.term, self.generation)
     }
 }
 
+/// Random number of a quorum, drawn when its first configuration is written and handed down to
+/// every later one. Configurations of different lineages are never compared: a safekeeper that was
+/// configured by somebody else, for the same cluster, belongs to another quorum, however high its
+/// version is.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Lineage(pub u128);
+
+impl fmt::Display for Lineage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for Lineage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
 /// The members of the quorum, and while they change, also those they change to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Configuration {
+    pub lineage: Lineage,
     pub version: ConfigurationVersion,
     pub members: Vec<Member>,
     /// Set while the configuration is joint.
@@ -141,18 +181,19 @@ impl Configuration {
             }
     }
 
-    /// A majority of each set satisfies `holds`.
-    pub fn has_quorum(&self, holds: impl Fn(MemberId) -> bool) -> bool {
+    /// A majority of each set satisfies `holds`. Asked of members, not of ids: while a wiped
+    /// safekeeper is replaced by its successor, one id stands for two incarnations.
+    pub fn has_quorum(&self, holds: impl Fn(&Member) -> bool) -> bool {
         self.sets()
-            .all(|set| set.iter().filter(|member| holds(member.id)).count() >= majority(set.len()))
+            .all(|set| set.iter().filter(|member| holds(member)).count() >= majority(set.len()))
     }
 
     /// The highest position that a majority of each set has reached, where `flush_lsn` is what
     /// counts for a member: [`Lsn::INVALID`] for one that has not taken this term's Elected.
-    pub fn quorum_lsn(&self, flush_lsn: impl Fn(MemberId) -> Lsn) -> Lsn {
+    pub fn quorum_lsn(&self, flush_lsn: impl Fn(&Member) -> Lsn) -> Lsn {
         self.sets()
             .map(|set| {
-                let mut reached: Vec<Lsn> = set.iter().map(|m| flush_lsn(m.id)).collect();
+                let mut reached: Vec<Lsn> = set.iter().map(|m| flush_lsn(m)).collect();
                 reached.sort_unstable_by(|a, b| b.cmp(a));
                 reached
                     .get(majority(set.len()) - 1)
@@ -284,7 +325,7 @@ mod tests {
             (joint(&[1], &[2]), &[1, 2], true),
             (simple(&[]), &[], false),
         ] {
-            let quorum = configuration.has_quorum(|id| yes.contains(&id.0));
+            let quorum = configuration.has_quorum(|member| yes.contains(&member.id.0));
             assert_eq!(quorum, want, "{configuration}, {yes:?}");
         }
     }
@@ -310,10 +351,10 @@ mod tests {
             (joint(&[1, 2], &[2, 3]), &[(2, 30), (3, 30)], 0),
             (simple(&[]), &[(1, 30)], 0),
         ] {
-            let lsn = configuration.quorum_lsn(|id| {
+            let lsn = configuration.quorum_lsn(|member| {
                 flushed
                     .iter()
-                    .find(|(m, _)| *m == id.0)
+                    .find(|(m, _)| *m == member.id.0)
                     .map_or(Lsn::INVALID, |(_, l)| Lsn(*l))
             });
             assert_eq!(lsn, Lsn(want), "{configuration}, {flushed:?}");
@@ -329,6 +370,7 @@ mod tests {
         assert!(version(2, 1) > version(1, 9));
         assert!(version(2, 2) > version(2, 1));
         assert!(version(1, 0) > ConfigurationVersion::NONE);
+        assert!(version(1, 1) > version(9, ConfigurationVersion::PROVISIONAL));
     }
 
     #[test]

@@ -77,21 +77,39 @@ pub struct TermHistory {
     entries: Vec<TermEntry>,
 }
 
-/// Entries that are no history: terms that do not grow, positions or timelines that fall.
+/// Entries that are no history.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InvalidHistory {
-    pub earlier: TermEntry,
-    pub later: TermEntry,
+pub enum InvalidHistory {
+    /// Terms that do not grow, positions or timelines that fall.
+    Backwards {
+        earlier: TermEntry,
+        later: TermEntry,
+    },
+    /// More than [`TermHistory::LEN_MAX`].
+    TooLong { len: usize },
 }
 
 impl fmt::Display for InvalidHistory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let InvalidHistory { earlier, later } = self;
-        write!(
-            f,
-            "term history goes backwards: term {} on timeline {} from {} is followed by term {} on timeline {} from {}",
-            earlier.term, earlier.tli, earlier.start_lsn, later.term, later.tli, later.start_lsn
-        )
+        match self {
+            InvalidHistory::Backwards { earlier, later } => write!(
+                f,
+                "term history goes backwards: term {} on timeline {} from {} is followed by term {} on timeline {} from {}",
+                earlier.term,
+                earlier.tli,
+                earlier.start_lsn,
+                later.term,
+                later.tli,
+                later.start_lsn
+            ),
+            InvalidHistory::TooLong { len } => {
+                write!(
+                    f,
+                    "term history of {len} entries, at most {} are supported",
+                    TermHistory::LEN_MAX
+                )
+            }
+        }
     }
 }
 
@@ -99,17 +117,21 @@ impl core::error::Error for InvalidHistory {}
 
 impl TermHistory {
     /// At most this many entries travel or are stored: 4096 reigns of 20 bytes. Elections happen
-    /// at restarts and failovers; once a day, that is eleven years.
+    /// at restarts and failovers, and empty reigns are dropped by the next; once a day, that is
+    /// eleven years.
     pub const LEN_MAX: usize = 4096;
 
     pub fn new(entries: Vec<TermEntry>) -> Result<TermHistory, InvalidHistory> {
+        if entries.len() > TermHistory::LEN_MAX {
+            return Err(InvalidHistory::TooLong { len: entries.len() });
+        }
         for pair in entries.windows(2) {
             let (earlier, later) = (pair[0], pair[1]);
             if later.term <= earlier.term
                 || later.start_lsn < earlier.start_lsn
                 || later.tli < earlier.tli
             {
-                return Err(InvalidHistory { earlier, later });
+                return Err(InvalidHistory::Backwards { earlier, later });
             }
         }
         Ok(TermHistory { entries })
@@ -153,10 +175,15 @@ impl TermHistory {
         }
     }
 
-    /// This history with one more reign at its end.
-    pub fn with(&self, entry: TermEntry) -> Result<TermHistory, InvalidHistory> {
+    /// This history with one more reign at its end, and without those that end up owning no byte:
+    /// given-up promotions and restarts of an idle server would pile up, and a timeline that died
+    /// with its empty reign must not stand above the one that goes on (L1).
+    pub fn succeeded_by(&self, entry: TermEntry) -> Result<TermHistory, InvalidHistory> {
         let mut entries = self.entries.clone();
         entries.push(entry);
+        let starts: Vec<Lsn> = entries.iter().skip(1).map(|next| next.start_lsn).collect();
+        let mut next_start = starts.into_iter();
+        entries.retain(|entry| next_start.next().is_none_or(|next| entry.start_lsn < next));
         TermHistory::new(entries)
     }
 
@@ -330,7 +357,7 @@ mod tests {
             (entry(2, 2, 10), entry(3, 1, 20)),
         ] {
             let refused = TermHistory::new(vec![earlier, later]);
-            assert_eq!(refused, Err(InvalidHistory { earlier, later }));
+            assert_eq!(refused, Err(InvalidHistory::Backwards { earlier, later }));
         }
         assert!(TermHistory::new(vec![entry(2, 1, 10), entry(3, 1, 10)]).is_ok());
     }
@@ -350,6 +377,37 @@ mod tests {
         assert_eq!(h.clipped_to(Lsn(30)), h);
         assert_eq!(h.clipped_to(Lsn(29)), history("1@10 3@20"));
         assert_eq!(h.clipped_to(Lsn(9)), TermHistory::default());
+    }
+
+    #[test]
+    fn a_new_reign_takes_the_place_of_empty_ones() {
+        let entry = |term, tli, start| TermEntry {
+            term: Term(term),
+            tli: Tli(tli),
+            start_lsn: Lsn(start),
+        };
+        let given_up = TermHistory::new(vec![entry(1, 1, 10), entry(2, 2, 30)]).expect("a history");
+        let succeeded = given_up
+            .succeeded_by(entry(3, 1, 30))
+            .map(|h| h.to_string());
+        assert_eq!(succeeded, Ok("1@0/A 3@0/1E".to_string()));
+        let first = history("1@10")
+            .succeeded_by(entry(2, 1, 10))
+            .map(|h| h.to_string());
+        assert_eq!(first, Ok("2@0/A".to_string()));
+        assert!(
+            given_up.succeeded_by(entry(3, 1, 40)).is_err(),
+            "timeline 2 owns bytes by now"
+        );
+        let full = (1..=TermHistory::LEN_MAX as u64)
+            .map(|n| entry(n, 1, n))
+            .collect();
+        let full = TermHistory::new(full).expect("just not too long");
+        let len = TermHistory::LEN_MAX + 1;
+        assert_eq!(
+            full.succeeded_by(entry(9999, 1, 9999)),
+            Err(InvalidHistory::TooLong { len })
+        );
     }
 
     #[test]

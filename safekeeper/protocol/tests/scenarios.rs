@@ -98,6 +98,8 @@ struct Connection {
 
 #[derive(Default)]
 struct World {
+    /// What each server's local history file says of the members.
+    configurations: BTreeMap<char, Configuration>,
     nodes: BTreeMap<u64, Node>,
     servers: BTreeMap<char, Server>,
     connections: BTreeMap<(char, u64), Connection>,
@@ -234,6 +236,7 @@ impl World {
             end_lsn: Lsn(0x10_0100),
             unled_from: None,
             timeline_files: Vec::new(),
+            configuration: Configuration::default(),
         };
         let mut standing = Standing::Running;
         let mut written_by = name;
@@ -267,6 +270,14 @@ impl World {
             member_timeout_ms: MEMBER_TIMEOUT_MS,
             seed: 1,
         };
+        if !local.history.is_empty() {
+            // The file that holds the history holds this too.
+            local.configuration = self
+                .configurations
+                .get(&written_by)
+                .cloned()
+                .unwrap_or_default();
+        }
         let mut bytes = Bytes::default();
         let base = local.end_lsn.segment_start(SEGMENT_SIZE).0;
         bytes.write(base, local.end_lsn.0 - base, written_by);
@@ -398,7 +409,14 @@ impl World {
             return false;
         };
         let (peer, end) = (server.peer(id), server.end);
-        let Some(append) = server.proposer.next_append(peer, end, now_ms) else {
+        let Some(append) = server.proposer.next_append(
+            peer,
+            LocalWal {
+                end_lsn: end,
+                flush_lsn: end,
+            },
+            now_ms,
+        ) else {
             return false;
         };
         let range = append.begin_lsn.0..append.begin_lsn.0 + u64::from(append.len);
@@ -598,8 +616,12 @@ impl World {
                     server.end = end_lsn;
                     server.proposer.on_completed(now_ms, &mut more);
                 }
-                ProposerAction::PersistHistory(history) => {
+                ProposerAction::PersistHistory {
+                    history,
+                    configuration,
+                } => {
                     let _ = writeln!(self.out, "|   {name} persists {history}");
+                    self.configurations.insert(name, configuration);
                     let server = self.server(name);
                     server.history = history;
                     server.proposer.on_history_persisted(now_ms, &mut more);
@@ -626,6 +648,9 @@ impl World {
                 }
                 ProposerAction::Wait(reason) => {
                     let _ = writeln!(self.out, "|   {name} waits: {reason}");
+                }
+                ProposerAction::StandAgain => {
+                    let _ = writeln!(self.out, "|   {name} stands again");
                 }
                 ProposerAction::Deposed { term } => {
                     let _ = writeln!(self.out, "|   {name} is deposed by term {term}");

@@ -318,7 +318,7 @@ impl Proposer {
         };
         let clipped = vote.history.clipped_to(start_lsn);
         let mine = entry(proposer.term.0, 1, start_lsn);
-        proposer.history = clipped.with(mine).expect("a history");
+        proposer.history = clipped.succeeded_by(mine).expect("a history");
         proposer.commit_lsn = vote.commit_lsn;
         let response = proposer.elect(start_lsn, Vec::new());
         assert_eq!(
@@ -377,6 +377,7 @@ impl Proposer {
                 generation,
             };
             let configuration = Configuration {
+                lineage: Lineage(1),
                 version: self.version,
                 members: vec![Member {
                     id: greeting.member_id,
