@@ -297,10 +297,6 @@ fn proposers_of_another_shape_are_refused_by_name_and_value() {
             "version 14 is not supported",
         ),
         (
-            shape(|c| (c.system_id, c.segment_size) = (9, 12345)),
-            "12345",
-        ),
-        (
             shape(|c| (c.system_id, c.name) = (9, "a b".into())),
             "\"a b\"",
         ),

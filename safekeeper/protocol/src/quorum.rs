@@ -193,7 +193,7 @@ impl Configuration {
     pub fn quorum_lsn(&self, flush_lsn: impl Fn(&Member) -> Lsn) -> Lsn {
         self.sets()
             .map(|set| {
-                let mut reached: Vec<Lsn> = set.iter().map(|m| flush_lsn(m)).collect();
+                let mut reached: Vec<Lsn> = set.iter().map(&flush_lsn).collect();
                 reached.sort_unstable_by(|a, b| b.cmp(a));
                 reached
                     .get(majority(set.len()) - 1)
