@@ -143,7 +143,17 @@ impl Cluster {
         ))
     }
 
-    /// Inserts a row by a connection of its own, in the background: it may take for ever.
+    /// Waits until so many commits wait for the quorum: their WAL is written and flushed here.
+    #[track_caller]
+    pub fn wait_commits_waiting(&self, commits: u32) {
+        let query = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
+        let what = format!("{commits} commits wait for the quorum");
+        wait_until(&what, SOON, || {
+            self.primary.value(query) == commits.to_string()
+        });
+    }
+
+    /// Runs a statement on a connection of its own, in the background: it may take for ever.
     pub fn commit_in_background(&self, statement: &str) -> BackgroundCommit {
         BackgroundCommit::start(self.primary.config(), statement.to_owned())
     }

@@ -55,10 +55,7 @@ fn commits_need_two_of_three() {
         cluster.members_active() == Some(1)
     });
     let waiting = cluster.commit_in_background("insert into t values (2)");
-    wait_until("the commit waits for the quorum", SOON, || {
-        let waits = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
-        cluster.primary.value(waits) == "1"
-    });
+    cluster.wait_commits_waiting(1);
     let commit_lsn = "select commit_lsn from pg_stat_walproposer";
     let before = cluster.primary.lsn(commit_lsn);
     never_within("a commit without a quorum", Duration::from_secs(4), || {
@@ -105,10 +102,7 @@ fn synchronous_commit_cannot_be_lowered_below_the_minimum() {
         .iter()
         .map(|s| cluster.commit_in_background(s))
         .collect();
-    wait_until("all wait for the quorum", SOON, || {
-        let waits = "select count(*) from pg_stat_activity where wait_event = 'SyncRep'";
-        cluster.primary.value(waits) == "3"
-    });
+    cluster.wait_commits_waiting(3);
     assert!(waiting.iter().all(|commit| !commit.answered()));
     // A transaction that wrote nothing has nothing to wait for.
     cluster

@@ -73,6 +73,7 @@ fn consumers_never_get_what_is_not_committed() {
     cluster.safekeepers[1].kill9();
     cluster.safekeepers[2].kill9();
     let waiting = cluster.commit_in_background("insert into t select generate_series(1, 1000)");
+    cluster.wait_commits_waiting(1);
     let left = &cluster.safekeepers[0];
     let position = |field| left.lsn(cluster.system_id, field);
     wait_until("the WAL is on the one that is left", SOON, || {
