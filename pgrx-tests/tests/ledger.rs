@@ -52,6 +52,8 @@ fn acknowledged_rows_survive_kills_and_pauses() {
     cluster.assert_wal_equal(end);
 
     let wal_dir = cluster.safekeepers[fastrand::usize(..3)].wal_dir(cluster.system_id);
+    // The first records tell of initdb's own max_connections; recovery wants no less.
+    rebuilt.configure("max_connections = 100");
     rebuilt.configure(&format!(
         "shared_preload_libraries = ''\nrestore_command = 'cp {}/%f %p'",
         wal_dir.display()
