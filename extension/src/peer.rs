@@ -232,9 +232,6 @@ impl Peer {
         };
         let first = !std::mem::replace(&mut up.greeted, true);
         let news = first && self.failures <= 1;
-        if first {
-            self.last_error.clear();
-        }
         if news {
             self.reported.clear();
         }
