@@ -361,5 +361,4 @@ shared_buffers = 64MB
 max_wal_senders = 10
 wal_keep_size = 0
 log_line_prefix = '%m [%p] %b '
-log_min_messages = log
 ";

@@ -21,7 +21,7 @@ fn malformed_settings_of_the_server_are_refused_by_name() {
     server.configure("shared_preload_libraries = 'walproposer'");
     // Each with the words that the error must have.
     let cases = [
-        ("walproposer.safekeepers = 'nonsense'", "nonsense"),
+        ("walproposer.safekeepers = 'two words:5454'", "two words"),
         ("walproposer.safekeepers = '127.0.0.1:'", "127.0.0.1:"),
         ("walproposer.safekeepers = ':5454'", ":5454"),
         ("walproposer.safekeepers = '127.0.0.1:0'", "127.0.0.1:0"),
