@@ -30,7 +30,7 @@ pub struct Dial {
 pub enum ConnectError {
     #[error("could not translate host name \"{host}\" to an address: {source}")]
     Resolve { host: String, source: io::Error },
-    #[error("could not connect: {0}")]
+    #[error("{0}")]
     Connect(io::Error),
     #[error(transparent)]
     Handshake(#[from] WireError),
@@ -137,7 +137,7 @@ mod tests {
         // It accepts (the kernel does), and never answers.
         assert_eq!(failure(dial(port)), "timed out");
         drop(listener);
-        assert!(failure(dial(port)).starts_with("could not connect: "));
+        assert!(failure(dial(port)).starts_with("Connection refused"));
         let mut unresolvable = dial(port);
         unresolvable.address.host = "no such host.invalid".into();
         let text = failure(unresolvable);

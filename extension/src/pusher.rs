@@ -596,17 +596,25 @@ impl Pusher {
     fn send_append(&mut self, at: usize, append: &Append, from_files: bool) -> Result<(), String> {
         let Member { peer, feed, lag } = &mut self.members[at];
         let source = &mut self.source;
-        peer.send_append(append, |wal| match from_files {
-            true => match source.read(append.begin_lsn, wal) {
+        peer.send_append(append, |wal| {
+            // A heartbeat: nothing need be at hand.
+            if wal.is_empty() {
+                return Ok(());
+            }
+            if !from_files {
+                let copied = feed.copy(append.begin_lsn, wal);
+                return copied
+                    .then_some(())
+                    .ok_or("WAL from a donor is not at hand".to_owned());
+            }
+            match source.read(append.begin_lsn, wal) {
                 Ok(WalRead::Filled) => Ok(()),
                 Ok(WalRead::Gone) => Err(format!(
                     "WAL from {} on was removed meanwhile",
                     append.begin_lsn
                 )),
                 Err(error) => Err(error.to_string()),
-            },
-            false if feed.copy(append.begin_lsn, wal) => Ok(()),
-            false => Err("WAL from a donor is not at hand".to_owned()),
+            }
         })?;
         let len = u64::from(append.len);
         if len > 0 {
