@@ -2,15 +2,8 @@
 //!
 //! The donor is read on a thread; each chunk that comes is held against the same bytes of `pg_wal`.
 //! What either side has removed is left out: it was compared when an earlier reign began.
-//!
-//! A server that was killed while it zeroed the rest of a segment behind a switch record leaves the
-//! older contents of a recycled file there for ever. The quorum holds zeros in their place. So the
-//! local bytes pass through a decoder, which knows such padding and clears it, before they are
-//! compared. Where the stretch begins within padding the decoder can't find its feet, and bytes are
-//! compared as they are.
 
 use safekeeper_protocol::{Compared, Lsn, PeerIdx, Term};
-use safekeeper_wal::{WalDecoder, WalFormat};
 
 use crate::donor::{Donor, DonorEvent};
 use crate::wal_source::{WalRead, WalSource};
@@ -27,8 +20,6 @@ pub struct Stretch {
 pub struct Comparison {
     donor: Donor,
     pub stretch: Stretch,
-    /// Over the local bytes; gone once it met something it can't read.
-    decoder: Option<WalDecoder>,
 }
 
 /// What came of looking at a comparison.
@@ -45,19 +36,15 @@ pub enum ComparisonEvent {
 
 impl Comparison {
     /// `donor` reads the stretch.
-    pub fn new(donor: Donor, stretch: Stretch, format: WalFormat) -> Comparison {
-        Comparison {
-            donor,
-            stretch,
-            decoder: Some(WalDecoder::new(format, stretch.begin_lsn)),
-        }
+    pub fn new(donor: Donor, stretch: Stretch) -> Comparison {
+        Comparison { donor, stretch }
     }
 
-    pub fn poll(&mut self, source: &mut WalSource) -> ComparisonEvent {
+    pub fn poll(&self, source: &mut WalSource) -> ComparisonEvent {
         while let Some(event) = self.donor.poll() {
             match event {
                 DonorEvent::Chunk { begin_lsn, wal } => {
-                    match self.differs(source, begin_lsn, &wal) {
+                    match differs(source, begin_lsn, &wal) {
                         Ok(None) => {}
                         Ok(Some(at)) => return ComparisonEvent::Ended(Compared::Differs { at }),
                         Err(reason) => return unavailable(reason),
@@ -73,39 +60,21 @@ impl Comparison {
         }
         ComparisonEvent::Nothing
     }
-
-    /// The first position at which the local log holds another byte.
-    fn differs(
-        &mut self,
-        source: &mut WalSource,
-        begin_lsn: Lsn,
-        wal: &[u8],
-    ) -> Result<Option<Lsn>, String> {
-        let mut local = vec![0; wal.len()];
-        match source.read(begin_lsn, &mut local) {
-            Ok(WalRead::Filled) => {}
-            Ok(WalRead::Gone) => {
-                return Err(format!(
-                    "local WAL from {begin_lsn} on was removed meanwhile"
-                ));
-            }
-            Err(error) => return Err(error.to_string()),
-        }
-        let cleaned = self
-            .decoder
-            .as_mut()
-            .map(|decoder| decoder.feed_and_clean(&mut local));
-        if matches!(cleaned, Some(Err(_))) {
-            self.decoder = None;
-        }
-        let at = local
-            .iter()
-            .zip(wal)
-            .position(|(ours, theirs)| ours != theirs);
-        Ok(at.map(|at| begin_lsn + at as u64))
-    }
 }
 
 fn unavailable(reason: String) -> ComparisonEvent {
     ComparisonEvent::Ended(Compared::Unavailable { reason })
+}
+
+/// The first position at which the local log holds another byte.
+fn differs(source: &mut WalSource, begin_lsn: Lsn, wal: &[u8]) -> Result<Option<Lsn>, String> {
+    let mut local = vec![0; wal.len()];
+    match source.read(begin_lsn, &mut local) {
+        Ok(WalRead::Filled) => {
+            let at = local.iter().zip(wal).position(|(ours, theirs)| ours != theirs);
+            Ok(at.map(|at| begin_lsn + at as u64))
+        }
+        Ok(WalRead::Gone) => Err(format!("local WAL from {begin_lsn} on was removed meanwhile")),
+        Err(error) => Err(error.to_string()),
+    }
 }

@@ -56,7 +56,6 @@ pub struct Pusher {
     members: Vec<Member>,
     source: WalSource,
     comparison: Option<Comparison>,
-    format: WalFormat,
     actions: Vec<ProposerAction>,
 
     greeting: ProposerGreeting,
@@ -111,10 +110,16 @@ impl Pusher {
         let tli = postgres::insertion_tli();
         let pg_wal = data_dir.join("pg_wal");
         let (timelines, timeline_files) = load_timelines(&pg_wal, tli);
+        let local_end_lsn = canonical_end(postgres::insert_lsn(), segment_size);
+        let format = WalFormat {
+            version,
+            segment_size,
+            system_id,
+        };
         let log = LocalLog {
             history: local.history.clone(),
             tli: Tli(tli),
-            end_lsn: canonical_end(postgres::insert_lsn(), segment_size),
+            end_lsn: local_end_lsn,
             unled_from: local.unled_from,
             timeline_files,
             configuration: local.configuration.clone(),
@@ -145,13 +150,8 @@ impl Pusher {
         Pusher {
             proposer: Proposer::new(proposer_settings, log, Standing::Running, 0),
             members: settings.safekeepers.iter().map(member).collect(),
-            source: WalSource::new(pg_wal, segment_size, timelines, last_removed),
+            source: WalSource::new(pg_wal, format, timelines, local_end_lsn, last_removed),
             comparison: None,
-            format: WalFormat {
-                version,
-                segment_size,
-                system_id,
-            },
             actions: Vec::new(),
             greeting: ProposerGreeting {
                 proposer_id: local.proposer_id,
@@ -481,7 +481,7 @@ impl Pusher {
                     begin_lsn,
                     ..stretch
                 };
-                self.comparison = Some(Comparison::new(donor, stretch, self.format));
+                self.comparison = Some(Comparison::new(donor, stretch));
             }
             Err(error) => self.end_comparison(Compared::Unavailable {
                 reason: error.to_string(),
@@ -490,7 +490,7 @@ impl Pusher {
     }
 
     fn poll_comparison(&mut self) {
-        let Some(comparison) = &mut self.comparison else {
+        let Some(comparison) = &self.comparison else {
             return;
         };
         let stretch = comparison.stretch;

@@ -15,6 +15,11 @@
 //! Which file holds a position depends on the timeline: at a switch the segment is copied, and the
 //! newer timeline's copy holds the bytes of both (`exitArchiveRecovery` in `xlog.c`).
 //!
+//! A server that is killed while it zeroes the rest of a segment behind a switch record leaves the
+//! older contents of a recycled file there, for ever: its recovery goes on in the next segment.
+//! Safekeepers refuse such bytes, rightly. So a segment that may stem from before the server's last
+//! start is decoded once when it is opened, and what should be zeros is read as zeros.
+//!
 //! A caller never asks beyond the flushed end. Postgres is not called from here: where the last
 //! removed segment is known, it is asked through a function that is given.
 
@@ -25,11 +30,15 @@ use std::path::PathBuf;
 
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::{
-    SegNo, SegmentSize, TimelineHistory, parse_segment_file_name, segment_file_name,
+    SegNo, SegmentSize, TimelineHistory, WalDecoder, WalFormat, parse_segment_file_name,
+    segment_file_name,
 };
 
 /// Segments kept open: members read at different places, each mostly in one segment.
 const OPEN_MAX: usize = 8;
+
+/// What is decoded at a time when a segment is looked through for stale padding.
+const SCAN_LEN: usize = 256 * 1024;
 
 /// Outcome of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,24 +62,38 @@ pub struct WalSource {
     directory: PathBuf,
     segment_size: SegmentSize,
     timelines: TimelineHistory,
-    /// Number of the last segment removed or recycled since the server started; 0 if none was.
     last_removed: fn() -> SegNo,
+    format: WalFormat,
+    /// WAL below may have been written before the server's last start.
+    restarted_lsn: Lsn,
     /// Most recently used last.
-    open: Vec<(SegNo, File)>,
+    open: Vec<OpenSegment>,
+}
+
+struct OpenSegment {
+    segno: SegNo,
+    file: File,
+    /// From this offset on the segment reads as zeros.
+    stale_from: Option<u32>,
 }
 
 impl WalSource {
+    /// `last_removed` gives the number of the last segment removed or recycled since the server
+    /// started, or 0. `restarted_lsn` is not below where the WAL ended when it started.
     pub fn new(
         directory: PathBuf,
-        segment_size: SegmentSize,
+        format: WalFormat,
         timelines: TimelineHistory,
+        restarted_lsn: Lsn,
         last_removed: fn() -> SegNo,
     ) -> WalSource {
         WalSource {
             directory,
-            segment_size,
+            segment_size: format.segment_size,
             timelines,
             last_removed,
+            format,
+            restarted_lsn,
             open: Vec::new(),
         }
     }
@@ -84,18 +107,21 @@ impl WalSource {
             let offset = lsn.segment_offset(segment_bytes);
             let in_segment = (segment_bytes - offset) as usize;
             let (now, later) = rest.split_at_mut(in_segment.min(rest.len()));
-            let name = self.file_name(segno);
-            let Some(file) = self.file(segno)? else {
+            let Some(segment) = self.segment(segno)? else {
                 return Ok(WalRead::Gone);
             };
-            let read = file.read_exact_at(now, u64::from(offset));
+            let read = segment.file.read_exact_at(now, u64::from(offset));
+            if let Some(stale_from) = segment.stale_from {
+                let sound = stale_from.saturating_sub(offset) as usize;
+                now.iter_mut().skip(sound).for_each(|byte| *byte = 0);
+            }
             if (self.last_removed)() >= segno {
                 self.close(segno);
                 return Ok(WalRead::Gone);
             }
             read.map_err(|source| WalSourceError {
                 doing: "read",
-                name,
+                name: self.file_name(segno),
                 source,
             })?;
             lsn = lsn + now.len() as u64;
@@ -111,7 +137,7 @@ impl WalSource {
             self.close(segno);
             return Ok(false);
         }
-        Ok(self.file(segno)?.is_some())
+        Ok(self.segment(segno)?.is_some())
     }
 
     /// Start of the oldest segment from which on `pg_wal` holds all below `end_lsn`; `end_lsn` if
@@ -155,42 +181,85 @@ impl WalSource {
     }
 
     /// `None` if there is no such file.
-    fn file(&mut self, segno: SegNo) -> Result<Option<&File>, WalSourceError> {
-        if let Some(at) = self.open.iter().position(|(open, _)| *open == segno) {
+    fn segment(&mut self, segno: SegNo) -> Result<Option<&OpenSegment>, WalSourceError> {
+        if let Some(at) = self.open.iter().position(|open| open.segno == segno) {
             let used = self.open.remove(at);
             self.open.push(used);
         } else {
-            let name = self.file_name(segno);
-            match File::open(self.directory.join(&name)) {
-                Ok(file) => self.open.push((segno, file)),
+            let error = |doing, source| WalSourceError {
+                doing,
+                name: self.file_name(segno),
+                source,
+            };
+            let file = match File::open(self.directory.join(self.file_name(segno))) {
+                Ok(file) => file,
                 Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-                Err(source) => {
-                    return Err(WalSourceError {
-                        doing: "open",
-                        name,
-                        source,
-                    });
-                }
-            }
+                Err(source) => return Err(error("open", source)),
+            };
+            let stale_from = self
+                .find_stale(segno, &file)
+                .map_err(|e| error("read", e))?;
+            self.open.push(OpenSegment {
+                segno,
+                file,
+                stale_from,
+            });
             if self.open.len() > OPEN_MAX {
                 self.open.remove(0);
             }
         }
-        Ok(self.open.last().map(|(_, file)| file))
+        Ok(self.open.last())
+    }
+
+    /// Where the stale bytes behind a switch record begin, if the segment has such. Bytes that
+    /// can't be decoded are passed on as they are: the safekeepers will say what is wrong.
+    fn find_stale(&self, segno: SegNo, file: &File) -> io::Result<Option<u32>> {
+        let size = self.segment_size.bytes();
+        let begin = Lsn(segno * u64::from(size));
+        if begin + u64::from(size) > self.restarted_lsn {
+            return Ok(None);
+        }
+        let mut decoder = WalDecoder::new(self.format, begin);
+        let (mut found, mut cleaned) = (vec![0; SCAN_LEN], vec![0; SCAN_LEN]);
+        for offset in (0..size).step_by(SCAN_LEN) {
+            file.read_exact_at(&mut found, u64::from(offset))?;
+            cleaned.copy_from_slice(&found);
+            let decoded = decoder.feed_and_clean(&mut cleaned);
+            if found != cleaned {
+                let first = found
+                    .iter()
+                    .zip(&cleaned)
+                    .position(|(found, clean)| found != clean);
+                return Ok(first
+                    .and_then(|at| u32::try_from(at).ok())
+                    .map(|at| offset + at));
+            }
+            if decoded.is_err() {
+                break;
+            }
+        }
+        Ok(None)
     }
 
     fn close(&mut self, segno: SegNo) {
-        self.open.retain(|(open, _)| *open != segno);
+        self.open.retain(|open| open.segno != segno);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use safekeeper_wal::PgVersion;
+    use safekeeper_wal::synthetic::WalBuilder;
     use std::cell::Cell;
 
     const SIZE: SegmentSize = SegmentSize::MIN;
     const BYTES: u64 = 1 << 20;
+    const FORMAT: WalFormat = WalFormat {
+        version: PgVersion::V15,
+        segment_size: SIZE,
+        system_id: 7,
+    };
 
     std::thread_local! {
         static LAST_REMOVED: Cell<SegNo> = const { Cell::new(0) };
@@ -207,7 +276,16 @@ mod tests {
     }
 
     fn source(dir: &tempfile::TempDir, timelines: TimelineHistory) -> WalSource {
-        WalSource::new(dir.path().to_owned(), SIZE, timelines, || {
+        restarted_source(dir, timelines, Lsn(0))
+    }
+
+    fn restarted_source(
+        dir: &tempfile::TempDir,
+        timelines: TimelineHistory,
+        restarted_lsn: Lsn,
+    ) -> WalSource {
+        let pg_wal = dir.path().to_owned();
+        WalSource::new(pg_wal, FORMAT, timelines, restarted_lsn, || {
             LAST_REMOVED.get()
         })
     }
@@ -287,5 +365,29 @@ mod tests {
             assert_eq!(read(&mut source, segno * BYTES, 1).0, WalRead::Filled);
         }
         assert_eq!(source.open.len(), OPEN_MAX);
+    }
+
+    #[test]
+    fn what_a_crash_left_behind_a_switch_record_reads_as_zeros() {
+        let mut wal = WalBuilder::new(FORMAT, 1, Lsn(2 * BYTES));
+        wal.noop(1000);
+        let switched_lsn = wal.switch().start_lsn;
+        let sound = wal.bytes().to_vec();
+        let mut left = sound.clone();
+        let padding = (switched_lsn.0 % BYTES) as usize + 24;
+        left[padding..].fill(b'x');
+        let dir = tempfile::tempdir().expect("a directory");
+        let name = |segno| dir.path().join(segment_file_name(1, segno, SIZE));
+        std::fs::write(name(2), &left).expect("written");
+        std::fs::write(name(3), vec![b'x'; BYTES as usize]).expect("written");
+
+        let root = TimelineHistory::root(1);
+        let mut after = restarted_source(&dir, root.clone(), Lsn(3 * BYTES));
+        assert_eq!(read(&mut after, 2 * BYTES, BYTES as usize).1, sound);
+        let tail = read(&mut after, 3 * BYTES - 5, 7).1;
+        assert_eq!(tail, b"\0\0\0\0\0xx");
+        // What this server wrote itself is read as it is, without a look at it.
+        let mut before = restarted_source(&dir, root, Lsn(3 * BYTES - 1));
+        assert_eq!(read(&mut before, 2 * BYTES, BYTES as usize).1, left);
     }
 }
