@@ -43,13 +43,11 @@ impl Comparison {
     pub fn poll(&self, source: &mut WalSource) -> ComparisonEvent {
         while let Some(event) = self.donor.poll() {
             match event {
-                DonorEvent::Chunk { begin_lsn, wal } => {
-                    match differs(source, begin_lsn, &wal) {
-                        Ok(None) => {}
-                        Ok(Some(at)) => return ComparisonEvent::Ended(Compared::Differs { at }),
-                        Err(reason) => return unavailable(reason),
-                    }
-                }
+                DonorEvent::Chunk { begin_lsn, wal } => match differs(source, begin_lsn, &wal) {
+                    Ok(None) => {}
+                    Ok(Some(at)) => return ComparisonEvent::Ended(Compared::Differs { at }),
+                    Err(reason) => return unavailable(reason),
+                },
                 DonorEvent::Done => return ComparisonEvent::Ended(Compared::Equal),
                 DonorEvent::Removed { oldest_lsn } => {
                     return ComparisonEvent::Removed { oldest_lsn };
@@ -71,10 +69,15 @@ fn differs(source: &mut WalSource, begin_lsn: Lsn, wal: &[u8]) -> Result<Option<
     let mut local = vec![0; wal.len()];
     match source.read(begin_lsn, &mut local) {
         Ok(WalRead::Filled) => {
-            let at = local.iter().zip(wal).position(|(ours, theirs)| ours != theirs);
+            let at = local
+                .iter()
+                .zip(wal)
+                .position(|(ours, theirs)| ours != theirs);
             Ok(at.map(|at| begin_lsn + at as u64))
         }
-        Ok(WalRead::Gone) => Err(format!("local WAL from {begin_lsn} on was removed meanwhile")),
+        Ok(WalRead::Gone) => Err(format!(
+            "local WAL from {begin_lsn} on was removed meanwhile"
+        )),
         Err(error) => Err(error.to_string()),
     }
 }
