@@ -2,6 +2,8 @@
 //!
 //! * Before the commit: `synchronous_commit` is raised to `walproposer.min_synchronous_commit` if
 //!   the transaction has written WAL, whatever the session, the role or `SET LOCAL` say.
+//! * The same for COMMIT PREPARED and ROLLBACK PREPARED. They are commands, and have no transaction
+//!   of their own that could be looked at when it commits; so they are caught as commands.
 //! * After it: if the quorum does not have the commit, then its wait was cancelled (by
 //!   `pg_cancel_backend`, a time-out, or the end of the connection). Stock Postgres reports success
 //!   with a warning then. It can't be told to the client any better from here, but it is counted
@@ -11,9 +13,10 @@
 //! its commits, and without a quorum it is needed most.
 
 use std::cell::Cell;
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pgrx::pg_sys::{BackendType, SyncCommitLevel, XactEvent};
+use pgrx::pg_sys::{BackendType, SyncCommitLevel, TransactionStmtKind, XactEvent};
 use pgrx::{pg_guard, pg_sys};
 use safekeeper_protocol::Lsn;
 
@@ -21,8 +24,77 @@ use crate::{postgres, settings, shmem};
 
 /// From `_PG_init` in the postmaster; children inherit it.
 pub fn register() {
-    // SAFETY: the callback lives as long as the library, which is never unloaded.
-    unsafe { pg_sys::RegisterXactCallback(Some(on_transaction_event), std::ptr::null_mut()) };
+    // SAFETY: the callbacks live as long as the library, which is never unloaded; the postmaster
+    // is single-threaded while it loads libraries.
+    unsafe {
+        pg_sys::RegisterXactCallback(Some(on_transaction_event), std::ptr::null_mut());
+        let previous = pg_sys::ProcessUtility_hook;
+        PREVIOUS_HOOK.store(previous.map_or(0, |hook| hook as usize), Ordering::Relaxed);
+        pg_sys::ProcessUtility_hook = Some(on_command);
+    }
+}
+
+/// The hook that was there before ours; 0 if none.
+static PREVIOUS_HOOK: AtomicUsize = AtomicUsize::new(0);
+
+#[pg_guard]
+#[expect(clippy::too_many_arguments, reason = "the hook's signature")]
+unsafe extern "C-unwind" fn on_command(
+    statement: *mut pg_sys::PlannedStmt,
+    text: *const c_char,
+    read_only_tree: bool,
+    context: pg_sys::ProcessUtilityContext::Type,
+    params: pg_sys::ParamListInfo,
+    environment: *mut pg_sys::QueryEnvironment,
+    destination: *mut pg_sys::DestReceiver,
+    completion: *mut pg_sys::QueryCompletion,
+) {
+    // SAFETY: Postgres hands over a statement that is alive while the hook runs.
+    if unsafe { ends_prepared_transaction(statement) } {
+        raise_synchronous_commit();
+    }
+    let previous = PREVIOUS_HOOK.load(Ordering::Relaxed);
+    // SAFETY: what `register` found, 0 being None; called with what we were called with.
+    unsafe {
+        let previous: pg_sys::ProcessUtility_hook_type = std::mem::transmute(previous);
+        match previous {
+            Some(previous) => previous(
+                statement,
+                text,
+                read_only_tree,
+                context,
+                params,
+                environment,
+                destination,
+                completion,
+            ),
+            None => pg_sys::standard_ProcessUtility(
+                statement,
+                text,
+                read_only_tree,
+                context,
+                params,
+                environment,
+                destination,
+                completion,
+            ),
+        }
+    }
+}
+
+/// # Safety
+/// `statement` is that of a utility command.
+unsafe fn ends_prepared_transaction(statement: *mut pg_sys::PlannedStmt) -> bool {
+    // SAFETY: every node begins with its tag, and a tag tells the node's type.
+    unsafe {
+        let command = (*statement).utilityStmt;
+        if command.is_null() || (*command).type_ != pg_sys::NodeTag::T_TransactionStmt {
+            return false;
+        }
+        let kind = (*command.cast::<pg_sys::TransactionStmt>()).kind;
+        kind == TransactionStmtKind::TRANS_STMT_COMMIT_PREPARED
+            || kind == TransactionStmtKind::TRANS_STMT_ROLLBACK_PREPARED
+    }
 }
 
 std::thread_local! {
@@ -51,6 +123,14 @@ fn before_commit() {
     if !has_xid || !is_session {
         return;
     }
+    raise_synchronous_commit();
+    // SAFETY: a variable of this process.
+    let current = unsafe { pg_sys::synchronous_commit };
+    AWAITS_QUORUM.set(current >= SyncCommitLevel::SYNCHRONOUS_COMMIT_REMOTE_WRITE as i32);
+}
+
+/// To the least allowed, until the transaction ends.
+fn raise_synchronous_commit() {
     let (level, name) = settings::min_synchronous_commit().level();
     // SAFETY: a variable of this process.
     if unsafe { pg_sys::synchronous_commit } < level as i32 {
@@ -69,9 +149,6 @@ fn before_commit() {
             );
         }
     }
-    // SAFETY: a variable of this process.
-    let current = unsafe { pg_sys::synchronous_commit };
-    AWAITS_QUORUM.set(current >= SyncCommitLevel::SYNCHRONOUS_COMMIT_REMOTE_WRITE as i32);
 }
 
 fn after_commit() {

@@ -102,7 +102,8 @@ impl Peer {
         self.connections.saturating_sub(1)
     }
 
-    /// Why the last connection ended, or the last dial failed; empty once all is well again.
+    /// Why the last connection ended, or the last dial failed; whether all is well is told by the
+    /// state, not by this.
     pub fn last_error(&self) -> &str {
         &self.last_error
     }
