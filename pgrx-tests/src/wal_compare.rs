@@ -65,12 +65,12 @@ impl WalDir {
         numbers
     }
 
-    /// The bytes of a range; panics if they aren't there.
-    #[track_caller]
-    pub fn read(&self, begin: Lsn, end: Lsn) -> Vec<u8> {
-        let mut bytes = vec![0; (end - begin) as usize];
-        self.read_into(&mut self.files(), begin, &mut bytes);
-        bytes
+    /// Whether the page that holds a position has nothing but zeros behind it, or does not exist.
+    pub fn ends_at(&self, lsn: Lsn) -> bool {
+        let mut rest = vec![0; (PAGE_SIZE - lsn.0 % PAGE_SIZE) as usize];
+        let read = self.files().read(lsn, &mut rest);
+        let len = read.unwrap_or_else(|e| panic!("could not read {}: {e}", self.path.display()));
+        rest[..len].iter().all(|byte| *byte == 0)
     }
 
     fn files(&self) -> SegmentFiles {
@@ -129,3 +129,4 @@ impl WalDir {
 }
 
 const CHUNK: usize = 1 << 20;
+const PAGE_SIZE: u64 = 8192;

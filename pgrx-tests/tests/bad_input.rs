@@ -42,7 +42,6 @@ fn malformed_settings_of_the_server_are_refused_by_name() {
             "walproposer.safekeepers",
         ),
         ("walproposer.conninfo = 'frobnicate=1'", "frobnicate"),
-        ("walproposer.min_synchronous_commit = 'perhaps'", "perhaps"),
         ("wal_level = minimal\nmax_wal_senders = 0", "wal_level"),
         (
             "synchronous_standby_names = 'somebody_else'",
@@ -65,20 +64,27 @@ fn malformed_settings_of_the_server_are_refused_by_name() {
     }
 }
 
-/// A mistyped name of a setting would be silently ignored if the extension did not reserve its
-/// prefix.
+/// A mistyped name is reported, and so is a value that is none of those there are; Postgres itself
+/// then goes on with the default, and that is a safe one.
 #[test]
-fn an_unknown_setting_of_ours_is_reported() {
+fn unknown_settings_and_values_are_reported_and_the_defaults_hold() {
     let mut cluster = Cluster::prepare(&[]);
     cluster
         .primary
         .configure("walproposer.safekeeper = '127.0.0.1:1'");
+    cluster
+        .primary
+        .configure("walproposer.min_synchronous_commit = 'perhaps'");
     cluster.start_all();
     let log = cluster.primary.log();
-    assert!(
-        log.contains("invalid configuration parameter name \"walproposer.safekeeper\""),
-        "{log}"
-    );
+    let name = "invalid configuration parameter name \"walproposer.safekeeper\"";
+    assert!(log.contains(name), "{log}");
+    let value = "invalid value for parameter \"walproposer.min_synchronous_commit\": \"perhaps\"";
+    assert!(log.contains(value), "{log}");
+    let in_force = cluster
+        .primary
+        .value("show walproposer.min_synchronous_commit");
+    assert_eq!(in_force, "remote_write");
 }
 
 /// Commits wait, nothing is lost, and the view names the host. With the right name all is well.
