@@ -4,32 +4,53 @@
 //! safekeepers of `walproposer.safekeepers`, and makes commits wait until a majority has flushed
 //! it. `CREATE EXTENSION walproposer` adds views and functions, and nothing else.
 //!
-//! In reading order. What knows Postgres:
+//! In reading order; below the line nothing knows Postgres:
+//!
+//! | | |
+//! |---|---|
+//! | `settings` | the settings, and configurations that are refused |
+//! | `worker` | the background worker: signals, sleeping, shutdown |
+//! | `pusher` | drives the proposer and the pipelines to the members |
+//! | `wal_sender_slot` | the worker as the synchronous standby |
+//! | `slot` | the replication slot that keeps WAL |
+//! | `commit` | what happens in a committing backend |
+//! | `shmem`, `status` | what backends may see of the worker, and the functions behind the views |
+//! | `local_log` | what the data directory says of the local log |
+//! | `wait_set` | what the worker sleeps on |
+//! | `postgres` | Postgres's functions under safe names |
+//! | | |
+//! | `address`, `conninfo` | the two settings that are little languages |
+//! | `pgwire`, `connect`, `peer` | messages, a connection, one safekeeper's pipeline |
+//! | `wal_source` | WAL by position, from `pg_wal` |
+//! | `donor`, `feed` | WAL by position, from a safekeeper, and a member that needs it |
+//! | `compare` | the local log against the donor's |
+//! | `local_history` | the file with the proposer's own term history |
+//! | `lag` | from sent to acknowledged |
+//! | `threads` | signals blocked, panics caught |
 
-mod commit; // what happens in a committing backend
+mod address;
+mod commit;
+mod compare;
+mod connect;
+mod conninfo;
+mod donor;
+mod feed;
+mod lag;
+mod local_history;
+mod local_log;
+mod peer;
+mod pgwire;
 mod postgres;
-mod pusher; // drives the proposer and the pipelines to the members
-mod settings; // the settings, and configurations that are refused
-mod shmem; // what backends may see of the worker
-mod slot; // the replication slot that keeps WAL
-mod status; // the functions behind the views
-mod wait_set; // what the worker sleeps on
-mod wal_sender_slot; // the worker as the synchronous standby
-mod worker; // the background worker: signals, sleeping, shutdown // Postgres's functions under safe names
-
-// What doesn't:
-mod address; // host:port,host:port
-mod compare; // the local log against the donor's
-mod connect; // resolve, connect, shake hands
-mod conninfo; // user=... connect_timeout=...
-mod donor; // WAL by position, from a safekeeper
-mod feed; // a member whose next byte has left pg_wal
-mod lag; // from sent to acknowledged
-mod local_history; // the proposer's own term history
-mod peer; // one safekeeper's connection and pipeline
-mod pgwire; // the slice of Postgres's protocol that is spoken to a safekeeper
+mod pusher;
+mod settings;
+mod shmem;
+mod slot;
+mod status;
 mod threads;
-mod wal_source; // WAL by position, from pg_wal // signals blocked, panics caught
+mod wait_set;
+mod wal_sender_slot;
+mod wal_source;
+mod worker;
 
 use pgrx::{pg_guard, pg_sys};
 

@@ -82,6 +82,13 @@ pub fn fatal(code: PgSqlErrorCode, text: impl Into<String>, hint: &str) -> ! {
     unreachable!("FATAL does not return")
 }
 
+/// The same, with the reason as DETAIL.
+pub fn fatal_because(code: PgSqlErrorCode, text: impl Into<String>, reason: &str) -> ! {
+    let report = ErrorReport::new(code, text.into(), "walproposer").set_detail(reason);
+    report.report(PgLogLevel::FATAL);
+    unreachable!("FATAL does not return")
+}
+
 /// Ends the command, or the worker, which the postmaster starts again.
 pub fn error(code: PgSqlErrorCode, text: impl Into<String>, hint: &str) -> ! {
     report(PgLogLevel::ERROR, code, text.into(), hint);

@@ -292,10 +292,8 @@ pub fn check_values_in_file() {
         };
         let name = name.to_string_lossy();
         if let Err(reason) = is_valid(&value) {
-            refuse(
-                format!("invalid value for parameter \"{name}\": \"{value}\""),
-                &reason,
-            );
+            let text = format!("invalid value for parameter \"{name}\": \"{value}\"");
+            postgres::fatal_because(PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR, text, &reason);
         }
     }
 }

@@ -1,0 +1,211 @@
+//! Carries out the proposer's actions, in the order given.
+//!
+//! The order is a promise (`action.rs` in safekeeper-protocol): what follows `PersistHistory` does
+//! not happen before the history is on stable storage. An action that fails ends the worker.
+
+use std::time::Duration;
+
+use pgrx::PgSqlErrorCode;
+use safekeeper_protocol::{Compared, Lsn, PeerIdx, ProposerAction, Term};
+
+use super::{Pusher, thread_panicked};
+use crate::compare::{Comparison, ComparisonEvent, Stretch};
+use crate::donor::{Donor, DonorRequest};
+use crate::{local_history, postgres, shmem};
+
+impl Pusher {
+    pub(super) fn carry_out(&mut self) {
+        while !self.actions.is_empty() {
+            for action in std::mem::take(&mut self.actions) {
+                self.carry_out_one(action);
+            }
+        }
+    }
+
+    fn carry_out_one(&mut self, action: ProposerAction) {
+        let now_ms = self.now_ms();
+        match action {
+            ProposerAction::Send { to, message } => self.members[to.0].peer.send(&message),
+            ProposerAction::Disconnect { peer, reason } => self.close(peer.0, &reason),
+            ProposerAction::Compare {
+                donor,
+                term,
+                begin_lsn,
+                end_lsn,
+            } => self.begin_comparison(Stretch {
+                donor,
+                term,
+                begin_lsn,
+                end_lsn,
+            }),
+            // Only a proposer that stands before recovery may ask for it.
+            ProposerAction::Complete { .. } => postgres::error(
+                PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+                "cannot complete the local WAL of a running server",
+                "",
+            ),
+            ProposerAction::PersistHistory {
+                history,
+                configuration,
+            } => {
+                self.local.history = history;
+                self.local.configuration = configuration;
+                self.local.unled_from = None;
+                self.store_local_history();
+                self.proposer
+                    .on_history_persisted(now_ms, &mut self.actions);
+            }
+            // Only a new worker knows where the local log ends by now.
+            ProposerAction::StandAgain => postgres::error(
+                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "the safekeepers' configuration changed; standing for election again",
+                "",
+            ),
+            ProposerAction::Lead { term, start_lsn } => {
+                self.logged_wait.clear();
+                self.status.elected_at = postgres::timestamp();
+                postgres::log(format!(
+                    "elected in term {term}, which begins at {start_lsn}"
+                ));
+            }
+            ProposerAction::Commit(commit_lsn) => self.commit(commit_lsn),
+            ProposerAction::Wait(reason) => {
+                let reason = reason.to_string();
+                if self.logged_wait != reason {
+                    postgres::log(format!("not elected: {reason}"));
+                    self.logged_wait = reason;
+                }
+            }
+            ProposerAction::Deposed { term } => {
+                self.deposed_by = Some(term);
+                postgres::warning(
+                    format!(
+                        "another primary was elected in term {term}: no commit is acknowledged here any more"
+                    ),
+                    "Stop this server, and have it rejoin as a standby.",
+                );
+            }
+        }
+    }
+
+    fn store_local_history(&mut self) {
+        let stored =
+            local_history::store(&self.data_dir, self.greeting.cluster.system_id, &self.local);
+        if let Err(error) = stored {
+            postgres::error(PgSqlErrorCode::ERRCODE_IO_ERROR, error.to_string(), "");
+        }
+    }
+
+    fn commit(&mut self, commit_lsn: Lsn) {
+        let now = self.started.elapsed();
+        self.lag.acknowledged(commit_lsn, now);
+        // Backends look here when their wait ends: so this comes first.
+        shmem::set_commit_lsn(commit_lsn);
+        self.positions.commit_lsn = commit_lsn;
+        self.release_commits(now);
+    }
+
+    /// Shows the positions, and releases the commits that the quorum has.
+    fn release_commits(&mut self, now: Duration) {
+        self.follow_reign();
+        let lag = self
+            .lag
+            .current(now)
+            .and_then(|lag| i64::try_from(lag.as_micros()).ok());
+        self.positions.lag_us = lag.unwrap_or(-1);
+        self.positions.apply_lsn = self.lowest_apply_lsn();
+        self.wal_sender.advance(&self.positions);
+    }
+
+    /// Of all standbys behind the members that follow.
+    fn lowest_apply_lsn(&self) -> Lsn {
+        let peers = (0..self.members.len()).map(PeerIdx);
+        let applied = peers.map(|peer| self.proposer.peer_status(peer).feedback.apply_lsn);
+        applied
+            .filter(|lsn| lsn.is_valid())
+            .min()
+            .unwrap_or(Lsn::INVALID)
+    }
+
+    /// Commits wait for our positions while we lead, and for nothing that we could give otherwise.
+    pub(super) fn follow_reign(&mut self) {
+        let is_leading = self.proposer.is_leading();
+        if is_leading && !self.is_streaming {
+            self.wal_sender.begin_streaming();
+        } else if !is_leading && self.is_streaming {
+            self.wal_sender.stop_streaming();
+        }
+        self.is_streaming = is_leading;
+    }
+
+    fn begin_comparison(&mut self, stretch: Stretch) {
+        let end_lsn = stretch.end_lsn;
+        if postgres::flushed_lsn() < end_lsn {
+            postgres::flush_wal(end_lsn);
+        }
+        let oldest_lsn = match self.source.oldest_lsn(end_lsn) {
+            Ok(oldest_lsn) => oldest_lsn,
+            Err(error) => {
+                let reason = format!("could not list pg_wal: {error}");
+                return self.end_comparison(Compared::Unavailable { reason });
+            }
+        };
+        let begin_lsn = stretch.begin_lsn.max(oldest_lsn);
+        if begin_lsn >= end_lsn {
+            return self.end_comparison(Compared::Equal);
+        }
+        let request = self.donor_request(stretch.donor, stretch.term, begin_lsn, end_lsn);
+        match Donor::start(request, self.waker.clone()) {
+            Ok(donor) => {
+                let stretch = Stretch {
+                    begin_lsn,
+                    ..stretch
+                };
+                self.comparison = Some(Comparison::new(donor, stretch));
+            }
+            Err(error) => self.end_comparison(Compared::Unavailable {
+                reason: error.to_string(),
+            }),
+        }
+    }
+
+    pub(super) fn poll_comparison(&mut self) {
+        let Some(comparison) = &self.comparison else {
+            return;
+        };
+        let stretch = comparison.stretch;
+        match comparison.poll(&mut self.source) {
+            ComparisonEvent::Nothing => {}
+            ComparisonEvent::Ended(outcome) => self.end_comparison(outcome),
+            ComparisonEvent::Removed { oldest_lsn } => self.begin_comparison(Stretch {
+                begin_lsn: oldest_lsn.max(stretch.begin_lsn),
+                ..stretch
+            }),
+            ComparisonEvent::Panicked(text) => thread_panicked(&text),
+        }
+    }
+
+    fn end_comparison(&mut self, outcome: Compared) {
+        self.comparison = None;
+        let now_ms = self.now_ms();
+        self.proposer
+            .on_compared(outcome, now_ms, &mut self.actions);
+    }
+
+    pub(super) fn donor_request(
+        &self,
+        donor: PeerIdx,
+        term: Term,
+        begin: Lsn,
+        end: Lsn,
+    ) -> DonorRequest {
+        DonorRequest {
+            dial: self.members[donor.0].peer.dial().clone(),
+            greeting: self.greeting.clone(),
+            configuration_version: self.proposer.configuration().version,
+            term,
+            begin_lsn: begin,
+            end_lsn: end,
+        }
+    }
+}

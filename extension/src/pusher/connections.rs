@@ -1,0 +1,99 @@
+//! What comes in from the members, and what fails.
+//!
+//! A connection that fails is closed and dialled again by its [`Peer`](crate::peer::Peer); here it
+//! is told to the proposer and, if it is news, to the log.
+
+use pgrx::PgSqlErrorCode;
+use safekeeper_protocol::{AcceptorMessage, PeerIdx};
+
+use super::{Pusher, thread_panicked};
+use crate::peer::DialEvent;
+use crate::postgres;
+
+/// Reads from one socket in one turn, so that a member that says much does not hold up the others.
+const READS_PER_TURN: usize = 16;
+
+impl Pusher {
+    pub(super) fn poll_dials(&mut self) {
+        let now_ms = self.now_ms();
+        for at in 0..self.members.len() {
+            let peer = &mut self.members[at].peer;
+            if let Err(error) = peer.dial_if_due(now_ms, &self.waker) {
+                postgres::error(
+                    PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+                    format!("could not start a thread: {error}"),
+                    "",
+                );
+            }
+            match peer.poll_dial(now_ms) {
+                DialEvent::Nothing => {}
+                DialEvent::Connected => {
+                    self.proposer
+                        .on_connected(PeerIdx(at), now_ms, &mut self.actions);
+                    self.carry_out();
+                }
+                DialEvent::Failed(reason) => self.close(at, &reason),
+                DialEvent::Panicked(text) => thread_panicked(&text),
+            }
+        }
+    }
+
+    pub(super) fn receive(&mut self, at: usize) {
+        for _ in 0..READS_PER_TURN {
+            let may_be_more = match self.members[at].peer.receive() {
+                Ok(more) => more,
+                Err(error) => return self.close(at, &error.to_string()),
+            };
+            loop {
+                match self.members[at].peer.next_message() {
+                    Ok(Some(message)) => self.on_message(at, &message),
+                    Ok(None) => break,
+                    Err(error) => return self.close(at, &error.to_string()),
+                }
+            }
+            if !may_be_more {
+                return;
+            }
+        }
+    }
+
+    fn on_message(&mut self, at: usize, message: &AcceptorMessage) {
+        match message {
+            AcceptorMessage::Greeting(greeting) if self.members[at].peer.on_greeted() => {
+                let address = &self.members[at].peer.dial().address;
+                let id = greeting.member_id;
+                postgres::log(format!("connected to safekeeper {id} at {address}"));
+            }
+            AcceptorMessage::AppendResponse(response) => {
+                let now = self.started.elapsed();
+                self.members[at].lag.acknowledged(response.flush_lsn, now);
+            }
+            _ => {}
+        }
+        let now_ms = self.now_ms();
+        self.proposer
+            .on_message(PeerIdx(at), message, now_ms, &mut self.actions);
+        self.carry_out();
+    }
+
+    /// Ends a member's connection; it is dialled again after a pause.
+    pub(super) fn close(&mut self, at: usize, reason: &str) {
+        let now_ms = self.now_ms();
+        let member = &mut self.members[at];
+        let was_up = member.peer.is_up();
+        if member.peer.close(reason, now_ms) {
+            let address = &member.peer.dial().address;
+            let what = if was_up {
+                "lost connection to"
+            } else {
+                "could not connect to"
+            };
+            postgres::log(format!("{what} safekeeper {address}: {reason}"));
+        }
+        member.feed.stop();
+        member.lag.forget();
+        if was_up {
+            self.proposer.on_disconnected(PeerIdx(at), now_ms);
+        }
+    }
+}
