@@ -29,8 +29,9 @@
 //! | segments below a gap                    | removal of old ones was cut short | left to removal   |
 //!
 //! Each step can be cut short by a crash and repeated: none of them changes what decoding finds.
-//! That the bytes read are durable, and not only in the page cache, is the caller's work: it syncs
-//! the whole file system before.
+//! That the bytes read are durable, and not only in the page cache, is the caller's work in part: it
+//! syncs the whole file system before. What a failed sync has left in the cache is written again
+//! here.
 
 use std::collections::BTreeSet;
 
@@ -386,6 +387,37 @@ pub fn cut(log: &LogReader<'_>, begin: Lsn, end: Lsn) -> Result<(), StorageError
     // Of older timelines' files for this segment the tail is zero since their end.
     if let Some(id) = log.reader().find(last)? {
         segments.zero_tail(id, end.segment_offset(size))?;
+    }
+    Ok(())
+}
+
+/// Writes again, and syncs, what stands between `begin` and the end of the log's last segment.
+///
+/// The last process may have ended because a sync failed. The kernel takes the pages it could not
+/// write for clean from then on: they are read from its cache, no later sync writes them, and the
+/// next power cut shows what the disk has held all the time. So of what is *above* the commit_lsn
+/// that is persisted, which alone is known to have been synced, nothing is believed to be on disk
+/// because it can be read.
+pub fn write_again(log: &LogReader<'_>, begin: Lsn, end: Lsn) -> Result<(), StorageError> {
+    let segments = log.segments;
+    let size = segments.size();
+    let reader = log.reader();
+    let mut buffer = vec![0; READ_SIZE];
+    for segno in begin.segno(size)..=end.segno(size) {
+        let Some(id) = reader.find(segno)? else {
+            continue;
+        };
+        let file = segments.open(id)?;
+        let mut offset = u64::from(begin.max(segments.start(segno)).segment_offset(size));
+        while offset < u64::from(size) {
+            let len = file.read_at(&mut buffer, offset)?;
+            if len == 0 {
+                break;
+            }
+            file.write_at(&buffer[..len], offset)?;
+            offset += len as u64;
+        }
+        file.sync_data()?;
     }
     Ok(())
 }

@@ -138,6 +138,9 @@ impl WalStorage {
         let recovered = log.recover(state)?;
         let (begin, end) = (recovered.begin, recovered.decoder.position());
         recovery::cut(&log, begin, end)?;
+        if begin.is_valid() {
+            recovery::write_again(&log, begin.max(state.commit_lsn), end)?;
+        }
         timelines.cut(end);
 
         let mut storage = WalStorage {
