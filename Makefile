@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 PG_CONFIG ?= /usr/lib/postgresql/15/bin/pg_config
 export PG_CONFIG
 
-.PHONY: help demo demo-stop test check install
+.PHONY: help demo demo-stop test soak check install
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -18,6 +18,9 @@ demo-stop: ## stop what `make demo` started, remove its data
 
 test: ## everything: lints, unit tests, tests on real clusters
 	@scripts/test
+
+soak: ## SEEDS=100000 simulated clusters, fresh ones; takes hours
+	@scripts/soak
 
 check: ## formatting and lints only
 	@scripts/install-deps && scripts/check

@@ -1,0 +1,399 @@
+//! The judge: is told what happens, and ends the run when a promise is broken.
+//!
+//! It sees what nobody in the cluster can see at once: every byte ever written in a term, every
+//! reign, everything committed, and what is on the platters. Each function is one invariant of
+//! ARCHITECTURE.md, under its name, and is the only one that fails by that name.
+//!
+//! Two things are remembered. `terms`: the WAL of each term, from the first who sent or held it;
+//! whoever else holds bytes of that term must hold the same. `committed`: the WAL that a proposer
+//! called committed, which every later reign must begin with.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+
+use safekeeper_protocol::{Lsn, Run, Term, TermHistory};
+
+use super::disk::Holds;
+
+/// Something happened that an invariant speaks of.
+pub enum Event<'a> {
+    /// A proposer's reign begins; `log` is all its local WAL up to `start_lsn`.
+    Led {
+        proposer: u64,
+        term: Term,
+        base: Lsn,
+        log: &'a [u8],
+    },
+    /// A proposer calls its WAL committed up to `base + log.len()`.
+    Committed {
+        proposer: u64,
+        term: Term,
+        before: Lsn,
+        base: Lsn,
+        log: &'a [u8],
+    },
+    /// Somebody sends or holds these bytes of a log with this history.
+    Holds {
+        whose: &'a str,
+        history: &'a TermHistory,
+        begin: Lsn,
+        bytes: &'a [u8],
+    },
+    /// A safekeeper acknowledges these bytes; how its disk holds them.
+    Acknowledged {
+        node: u64,
+        begin: Lsn,
+        end: Lsn,
+        holds: Holds,
+    },
+    /// A safekeeper answers a message that changes its control file.
+    Promised {
+        node: u64,
+        term: Term,
+        persisted: Option<Term>,
+        durable: bool,
+    },
+    /// A safekeeper process tells commit_lsn, and what it told before.
+    Published {
+        node: u64,
+        before: Lsn,
+        commit_lsn: Lsn,
+    },
+    /// A consumer was sent these bytes.
+    Consumed {
+        node: u64,
+        begin: Lsn,
+        bytes: &'a [u8],
+    },
+    /// Everything was healed at `since_ms`, and this is where commits stand at `now_ms`.
+    Healed {
+        since_ms: u64,
+        now_ms: u64,
+        bound_ms: u64,
+        progressed: bool,
+        state: &'a str,
+    },
+}
+
+#[derive(Debug, Default)]
+pub struct Checker {
+    leaders: BTreeMap<Term, Leader>,
+    terms: BTreeMap<Term, Stretch>,
+    committed: Stretch,
+    /// Terms in which something was committed, and how far.
+    commits: BTreeMap<Term, Lsn>,
+}
+
+#[derive(Debug)]
+struct Leader {
+    proposer: u64,
+    log: Stretch,
+}
+
+/// Bytes at a position.
+#[derive(Debug, Default)]
+struct Stretch {
+    begin: Lsn,
+    bytes: Vec<u8>,
+}
+
+impl Stretch {
+    fn end(&self) -> Lsn {
+        self.begin + self.bytes.len() as u64
+    }
+
+    /// The part of it within `begin..end`.
+    fn part(&self, begin: Lsn, end: Lsn) -> &[u8] {
+        let from = begin
+            .saturating_distance_from(self.begin)
+            .min(self.bytes.len() as u64);
+        let to = end
+            .saturating_distance_from(self.begin)
+            .min(self.bytes.len() as u64);
+        &self.bytes[from as usize..to.max(from) as usize]
+    }
+
+    /// First position at which it differs from `bytes` at `begin`, where both are.
+    fn first_difference(&self, begin: Lsn, bytes: &[u8]) -> Option<Lsn> {
+        let from = begin.max(self.begin);
+        let to = self.end().min(begin + bytes.len() as u64);
+        if from >= to {
+            return None;
+        }
+        let theirs = &bytes[(from - begin) as usize..(to - begin) as usize];
+        let ours = self.part(from, to);
+        if ours == theirs {
+            return None;
+        }
+        let same = ours.iter().zip(theirs).take_while(|(a, b)| a == b).count();
+        Some(from + same as u64)
+    }
+}
+
+impl Checker {
+    pub fn observe(&mut self, event: &Event<'_>) {
+        match *event {
+            Event::Led {
+                proposer,
+                term,
+                base,
+                log,
+            } => {
+                self.one_proposer_per_term(proposer, term);
+                let log = Stretch {
+                    begin: base,
+                    bytes: log.to_vec(),
+                };
+                self.leaders.insert(term, Leader { proposer, log });
+                self.committed_wal_is_never_lost();
+            }
+            Event::Committed {
+                proposer,
+                term,
+                before,
+                base,
+                log,
+            } => {
+                let end = base + log.len() as u64;
+                commit_never_goes_back(&format!("proposer {proposer}"), before, end);
+                self.one_proposer_per_term(proposer, term);
+                self.commit(term, base, log);
+                self.committed_wal_is_never_lost();
+            }
+            Event::Holds {
+                whose,
+                history,
+                begin,
+                bytes,
+            } => {
+                self.same_term_same_lsn_same_byte(whose, history, begin, bytes);
+            }
+            Event::Acknowledged {
+                node,
+                begin,
+                end,
+                holds,
+            } => {
+                acknowledged_corruption_never(node, begin, end, holds);
+                no_answer_before_flush(node, begin, end, holds);
+            }
+            Event::Promised {
+                node,
+                term,
+                persisted,
+                durable,
+            } => {
+                no_promise_before_flush(node, term, persisted, durable);
+            }
+            Event::Published {
+                node,
+                before,
+                commit_lsn,
+            } => {
+                commit_never_goes_back(&format!("safekeeper {node}"), before, commit_lsn);
+                self.nothing_is_published_before_it_is_committed(node, commit_lsn);
+            }
+            Event::Consumed { node, begin, bytes } => {
+                self.consumer_sees_only_committed(node, begin, bytes);
+            }
+            Event::Healed {
+                since_ms,
+                now_ms,
+                bound_ms,
+                progressed,
+                state,
+            } => {
+                progress_within_a_bound(since_ms, now_ms, bound_ms, progressed, state);
+            }
+        }
+    }
+
+    pub fn committed_lsn(&self) -> Lsn {
+        self.committed.end()
+    }
+
+    /// What `history` says was written at `begin..end`, as far as it is known, run by run.
+    pub fn known(&self, history: &TermHistory, begin: Lsn, end: Lsn) -> Option<Vec<u8>> {
+        let mut bytes = Vec::new();
+        for run in history.runs(end).filter(|run| run.end > begin) {
+            let written = self.terms.get(&run.term)?;
+            bytes.extend_from_slice(written.part(run.begin.max(begin), run.end));
+        }
+        (bytes.len() as u64 == end.saturating_distance_from(begin)).then_some(bytes)
+    }
+
+    fn commit(&mut self, term: Term, base: Lsn, log: &[u8]) {
+        if self.committed.bytes.is_empty() {
+            self.committed.begin = base;
+        }
+        if let Some(lsn) = self.committed.first_difference(base, log) {
+            panic!("committed_wal_is_never_lost: term {term} commits other bytes at {lsn}");
+        }
+        let end = base + log.len() as u64;
+        let known = self.committed.end();
+        if end > known {
+            self.committed
+                .bytes
+                .extend_from_slice(&log[(known - base) as usize..]);
+        }
+        let reached = self.commits.entry(term).or_default();
+        *reached = end.max(*reached);
+    }
+
+    // ---- the invariants -------------------------------------------------------------------
+
+    /// A majority votes once in a term.
+    fn one_proposer_per_term(&self, proposer: u64, term: Term) {
+        if let Some(leader) = self.leaders.get(&term) {
+            assert!(
+                leader.proposer == proposer,
+                "one_proposer_per_term: {} and {proposer} in term {term}",
+                leader.proposer
+            );
+        }
+    }
+
+    /// Every reign begins with all that was committed in the terms before it, whether it was
+    /// committed before that reign began or, by answers that were still on their way, after.
+    fn committed_wal_is_never_lost(&self) {
+        let mut committed = Lsn::INVALID;
+        let mut commits = self.commits.iter().peekable();
+        for (term, leader) in &self.leaders {
+            while let Some((_, lsn)) = commits.next_if(|(committed_in, _)| *committed_in < term) {
+                committed = committed.max(*lsn);
+            }
+            if committed == Lsn::INVALID {
+                continue;
+            }
+            let log = &leader.log;
+            let bytes = self.committed.part(log.begin, committed);
+            assert!(
+                committed <= log.end() && log.first_difference(log.begin, bytes).is_none(),
+                "committed_wal_is_never_lost: {committed} was committed before term {term}, whose \
+                 log ends at {} or differs",
+                log.end()
+            );
+        }
+    }
+
+    /// Wherever two logs hold WAL of one term at one position, it is the same byte.
+    fn same_term_same_lsn_same_byte(
+        &mut self,
+        whose: &str,
+        history: &TermHistory,
+        begin: Lsn,
+        bytes: &[u8],
+    ) {
+        let end = begin + bytes.len() as u64;
+        for Run {
+            term,
+            begin: run_begin,
+            end: run_end,
+        } in history.runs(end)
+        {
+            let from = run_begin.max(begin);
+            if from >= run_end {
+                continue;
+            }
+            let part = &bytes[(from - begin) as usize..(run_end - begin) as usize];
+            let written = self.terms.entry(term).or_insert_with(|| Stretch {
+                begin: from,
+                bytes: Vec::new(),
+            });
+            if let Some(lsn) = written.first_difference(from, part) {
+                panic!(
+                    "same_term_same_lsn_same_byte: {whose} with {history} holds another byte of \
+                     term {term} at {lsn}"
+                );
+            }
+            if from < written.begin {
+                // Known from the middle on until now.
+                let missing = &part[..(written.begin - from).min(part.len() as u64) as usize];
+                if from + missing.len() as u64 == written.begin {
+                    written.bytes.splice(0..0, missing.iter().copied());
+                    written.begin = from;
+                }
+            }
+            let known = written.end();
+            if from <= known && run_end > known {
+                written
+                    .bytes
+                    .extend_from_slice(&part[(known - from) as usize..]);
+            }
+        }
+    }
+
+    /// A safekeeper's commit_lsn is what some proposer has called committed.
+    fn nothing_is_published_before_it_is_committed(&self, node: u64, commit_lsn: Lsn) {
+        assert!(
+            commit_lsn <= self.committed.end(),
+            "consumer_sees_only_committed: safekeeper {node} publishes {commit_lsn}, committed is {}",
+            self.committed.end()
+        );
+    }
+
+    fn consumer_sees_only_committed(&self, node: u64, begin: Lsn, bytes: &[u8]) {
+        let end = begin + bytes.len() as u64;
+        assert!(
+            end <= self.committed.end(),
+            "consumer_sees_only_committed: safekeeper {node} sent up to {end}, committed is {}",
+            self.committed.end()
+        );
+        if let Some(lsn) = self.committed.first_difference(begin, bytes) {
+            panic!("consumer_sees_only_committed: safekeeper {node} sent another byte at {lsn}");
+        }
+    }
+}
+
+/// In a running process commit_lsn only grows.
+fn commit_never_goes_back(whose: &str, before: Lsn, now: Lsn) {
+    assert!(
+        before <= now,
+        "commit_never_goes_back: {whose} had {before} and has {now}"
+    );
+}
+
+/// Acknowledged WAL is what the proposer of its term wrote.
+fn acknowledged_corruption_never(node: u64, begin: Lsn, end: Lsn, holds: Holds) {
+    assert!(
+        holds.readable,
+        "acknowledged_corruption_never: safekeeper {node} acknowledged {begin}..{end} and holds \
+         other bytes"
+    );
+}
+
+/// Acknowledged WAL is on stable storage.
+fn no_answer_before_flush(node: u64, begin: Lsn, end: Lsn, holds: Holds) {
+    assert!(
+        holds.durable,
+        "no_answer_before_flush: safekeeper {node} acknowledged {begin}..{end}, which is not on \
+         stable storage"
+    );
+}
+
+/// So is the term that an answer speaks of.
+fn no_promise_before_flush(node: u64, term: Term, persisted: Option<Term>, durable: bool) {
+    assert!(
+        durable && persisted >= Some(term),
+        "no_answer_before_flush: safekeeper {node} answered in term {term}, its control file has \
+         {persisted:?} and is {}durable",
+        if durable { "" } else { "not " }
+    );
+}
+
+/// With everything healed, WAL is committed again before long.
+fn progress_within_a_bound(
+    since_ms: u64,
+    now_ms: u64,
+    bound_ms: u64,
+    progressed: bool,
+    state: &str,
+) {
+    let waited_ms = now_ms - since_ms;
+    let mut text = String::new();
+    let _ = write!(
+        text,
+        "progress_within_a_bound: nothing committed {waited_ms} ms after healing"
+    );
+    assert!(progressed || waited_ms < bound_ms, "{text}: {state}");
+}
