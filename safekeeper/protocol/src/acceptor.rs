@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// What an acceptor keeps in its control file, per cluster.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct AcceptorState {
     pub cluster: ClusterIdentity,
     /// Highest term voted for or served; no lower one is followed.
@@ -54,7 +54,7 @@ impl AcceptorState {
 
 /// One connection of a proposer. The host makes one after the greeting, with an `id` it never
 /// uses again while the process runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Session {
     pub id: u64,
     pub proposer_id: ProposerId,
@@ -166,7 +166,7 @@ struct Start {
 }
 
 /// The connection that leads here: it has delivered this term's Elected.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Reign {
     session_id: u64,
     /// Highest `commit_lsn` it announced; may be ahead of what is flushed here.
@@ -174,7 +174,7 @@ struct Reign {
 }
 
 /// Consensus state of one cluster on one safekeeper.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Acceptor {
     id: MemberId,
     incarnation: Incarnation,

@@ -29,7 +29,7 @@ use core::fmt;
 use crate::{Configuration, Log, Lsn, TermHistory, TimelineFile, Tli, common_end};
 
 /// The proposer's own log, as Postgres's data directory holds it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct LocalLog {
     /// From the local history file; empty if there is none, and then the log counts as one of
     /// term 0. May run ahead of `end_lsn`: a crash can take the log's tail, not the file's.
@@ -50,7 +50,7 @@ pub struct LocalLog {
 }
 
 /// What the server can still do about its log.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Standing {
     /// In the postmaster, before crash recovery: WAL may yet be appended to `pg_wal`.
     BeforeRecovery,
@@ -71,7 +71,7 @@ pub enum Verdict {
 }
 
 /// The reign that would begin: `history` plus an entry of the new term at `start_lsn`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Claim {
     pub history: TermHistory,
     pub start_lsn: Lsn,
@@ -86,7 +86,7 @@ pub struct Claim {
 pub const COMPARE_LEN_MAX: u64 = 16 * 1024 * 1024;
 
 /// Both logs of a refusal, for the operator.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Divergence {
     pub local: Log,
     pub unled_from: Option<Lsn>,

@@ -51,7 +51,7 @@ impl core::fmt::Debug for ProposerId {
 
 /// Which Postgres cluster the WAL belongs to, and its shape. Fixed at the first configuration;
 /// a proposer of another shape is refused.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ClusterIdentity {
     pub system_id: u64,
     /// Name by which consumers choose the cluster, at most [`ClusterIdentity::NAME_LEN_MAX`] bytes.
@@ -70,14 +70,14 @@ impl ClusterIdentity {
 }
 
 /// Proposer's first words on a connection. Repeated when it wants to look again.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProposerGreeting {
     pub proposer_id: ProposerId,
     pub cluster: ClusterIdentity,
 }
 
 /// Acceptor's answer: all that the look before the leap needs (design §4.3).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct AcceptorGreeting {
     pub member_id: MemberId,
     pub incarnation: Incarnation,
@@ -100,7 +100,7 @@ impl AcceptorGreeting {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct VoteRequest {
     pub configuration_version: ConfigurationVersion,
     pub term: Term,
@@ -108,7 +108,7 @@ pub struct VoteRequest {
 
 /// `granted` is for exactly the term that was asked for on this connection; `term` is the
 /// acceptor's own after having answered.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct VoteResponse {
     pub configuration_version: ConfigurationVersion,
     pub granted: bool,
@@ -119,7 +119,7 @@ pub struct VoteResponse {
 }
 
 /// A Postgres timeline history file, as it stands in `pg_wal`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct TimelineFile {
     pub tli: Tli,
     pub content: Vec<u8>,
@@ -134,7 +134,7 @@ impl TimelineFile {
 
 /// "I have won this term. Cut your log to `start_lsn`, take this history, and expect my bytes
 /// from there." Its last entry is the new reign's, and gives `term_start_lsn`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Elected {
     pub configuration_version: ConfigurationVersion,
     pub term: Term,
@@ -147,7 +147,7 @@ pub struct Elected {
 }
 
 /// WAL of the elected log, or a heartbeat if `len` is 0. The payload follows on the wire.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Append {
     pub configuration_version: ConfigurationVersion,
     pub term: Term,
@@ -173,7 +173,7 @@ impl Append {
 }
 
 /// What standbys attached to an acceptor report, for the primary's slot and `remote_apply`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct StandbyFeedback {
     /// Lowest replay position of the attached standbys; [`Lsn::INVALID`] if there is none.
     pub apply_lsn: Lsn,
@@ -184,7 +184,7 @@ pub struct StandbyFeedback {
 
 /// "My log is this far on stable storage." Also the answer to Elected, and to a heartbeat that
 /// asks for one. If `term` is higher than the proposer's, its reign is over and nothing was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct AppendResponse {
     pub configuration_version: ConfigurationVersion,
     pub term: Term,
@@ -198,14 +198,14 @@ pub struct AppendResponse {
 
 /// "Hold this configuration." Refused by an acceptor with a higher term; raises a lower one.
 /// The cluster's identity travels along because the first Configure creates the cluster there.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Configure {
     pub term: Term,
     pub configuration: Configuration,
 }
 
 /// The acceptor's term and the configuration it holds now, which is the one sent if it was taken.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ConfigureResponse {
     pub term: Term,
     pub configuration: Configuration,
@@ -214,7 +214,7 @@ pub struct ConfigureResponse {
 
 /// "Give me bytes of your log": to compare with or complete the local log, or to feed a member
 /// that needs WAL which has left the primary. Answered only while the acceptor's term is `term`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Read {
     pub configuration_version: ConfigurationVersion,
     pub term: Term,
@@ -225,7 +225,7 @@ pub struct Read {
 
 /// Bytes from `begin_lsn`, as many as were asked for or as there are below `flush_lsn`; none if
 /// the term has moved on or the WAL there is no longer kept (then `begin_lsn` < `oldest_lsn`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ReadResponse {
     pub term: Term,
     pub begin_lsn: Lsn,
@@ -233,7 +233,7 @@ pub struct ReadResponse {
     pub oldest_lsn: Lsn,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ProposerMessage {
     Greeting(ProposerGreeting),
     VoteRequest(VoteRequest),
@@ -243,7 +243,7 @@ pub enum ProposerMessage {
     Read(Read),
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum AcceptorMessage {
     Greeting(AcceptorGreeting),
     VoteResponse(VoteResponse),

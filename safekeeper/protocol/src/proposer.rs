@@ -39,7 +39,7 @@ use crate::{
 };
 
 /// Where to dial a safekeeper.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct PeerAddress {
     pub host: String,
     pub port: u16,
@@ -51,7 +51,7 @@ impl fmt::Display for PeerAddress {
     }
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ProposerSettings {
     pub proposer_id: ProposerId,
     pub cluster: ClusterIdentity,
@@ -65,7 +65,7 @@ pub struct ProposerSettings {
 }
 
 /// Why there is no reign yet. The host shows it, and before recovery acts on it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum WaitReason {
     /// Fewer members than a majority have greeted.
     NoQuorum { greeted: usize, needed: usize },
@@ -156,7 +156,7 @@ const PAUSE_MS_MAX: u64 = 500;
 /// Heartbeats in one `member_timeout`: a lost one or two do not end a session.
 const HEARTBEATS_PER_TIMEOUT: u64 = 4;
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Phase {
     /// Collecting greetings; after the deadline those that have not come are done without.
     Greeting {
@@ -196,7 +196,7 @@ enum Phase {
 }
 
 /// What is known over one connection; forgotten with it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 struct Link {
     greeting: Option<AcceptorGreeting>,
     /// A greeting was sent and not answered.
@@ -218,7 +218,7 @@ struct Link {
     commit_lsn: Lsn,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Stream {
     /// Elected was answered: the acceptor follows.
     following: bool,
@@ -227,7 +227,7 @@ struct Stream {
 }
 
 /// Consensus state of one Postgres server.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Proposer {
     settings: ProposerSettings,
     local: LocalLog,
@@ -1273,6 +1273,37 @@ impl Proposer {
             (_, None, Some(_)) => "voted",
             (_, None, None) => "idle",
         }
+    }
+
+    /// Forget all times and random numbers (every deadline may have passed, nobody was silent for
+    /// long), and what only the view shows. Two proposers that are equal then will do the same,
+    /// sooner or later; a model checker compares them so. A host has no use for it.
+    pub fn forget_time(&mut self) {
+        match &mut self.phase {
+            Phase::Greeting { deadline_ms }
+            | Phase::Configuring { deadline_ms, .. }
+            | Phase::Voting { deadline_ms }
+            | Phase::Waiting {
+                until_ms: deadline_ms,
+                ..
+            }
+            | Phase::Comparing {
+                retry_ms: Some(deadline_ms),
+                ..
+            } => *deadline_ms = 0,
+            Phase::Comparing { retry_ms: None, .. }
+            | Phase::Completing { .. }
+            | Phase::Persisting { .. }
+            | Phase::Leading
+            | Phase::Refused
+            | Phase::Deposed => {}
+        }
+        for link in self.links.iter_mut().flatten() {
+            (link.last_heard_ms, link.last_sent_ms) = (0, 0);
+            link.commit_lsn = Lsn::INVALID;
+        }
+        self.wait_reason = None;
+        self.random = 1;
     }
 
     // ---- helpers --------------------------------------------------------------------------

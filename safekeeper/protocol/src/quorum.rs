@@ -48,7 +48,7 @@ impl fmt::Debug for Incarnation {
 }
 
 /// One safekeeper as the configuration knows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Member {
     pub id: MemberId,
     pub incarnation: Incarnation,
@@ -126,7 +126,7 @@ impl fmt::Debug for Lineage {
 }
 
 /// The members of the quorum, and while they change, also those they change to.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Configuration {
     pub lineage: Lineage,
     pub version: ConfigurationVersion,

@@ -63,7 +63,7 @@ impl fmt::Debug for Tli {
 }
 
 /// Where a reign begins in the log, and on which timeline it writes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct TermEntry {
     pub term: Term,
     pub tli: Tli,
@@ -72,7 +72,7 @@ pub struct TermEntry {
 
 /// The reigns of one log, oldest first: terms grow strictly, start positions and timelines never
 /// fall. Every constructor keeps to that, so whoever holds a `TermHistory` may rely on it.
-#[derive(Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct TermHistory {
     entries: Vec<TermEntry>,
 }
@@ -258,7 +258,7 @@ pub struct Run {
 }
 
 /// A log as elections compare it: its history, clipped to its end, and that end.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Log {
     pub history: TermHistory,
     pub end_lsn: Lsn,
