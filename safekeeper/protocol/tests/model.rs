@@ -1,0 +1,253 @@
+//! Every order in which things can happen to three safekeepers and two servers.
+//!
+//! ```text
+//!   scope ──► first states ──► each step that is possible ──► state seen before? drop it
+//!                                        ▲                            │ no
+//!                                        └──── properties hold? ◄─────┘
+//! ```
+//!
+//! The acceptors and proposers are those that ship; this crate plays the daemon, the extension,
+//! the disks and the network around them (`model/step.rs`), and knows no rule of the protocol. The
+//! crate `stateright` does the exploring, breadth first, so a violation comes with a shortest
+//! trace. A [`Scope`] names what may go wrong, and how often, in one exploration: everything at once
+//! is beyond any computer.
+//!
+//! `cargo test` explores small scopes, each to its end. With `MODEL=full` they are as large as an
+//! hour allows; one that was cut short then says so: it is evidence, not proof.
+//!
+//! Time is left out: after each step a proposer forgets its times, and every deadline may be the
+//! next to pass. Not here: Postgres timelines and promotion, WAL without a term, changes of
+//! membership (a joint configuration is started in), and liveness.
+
+mod model {
+    pub mod properties;
+    pub mod scope;
+    pub mod scopes;
+    pub mod step;
+    pub mod world;
+}
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use model::scope::{Mutation, Scope};
+use model::step::{Step, apply, enabled};
+use model::world::{Violation, World};
+use model::{properties, scopes};
+use stateright::{Checker, HasDiscoveries, Model, Property};
+
+struct Explored {
+    scope: Arc<Scope>,
+    /// No further steps from then on.
+    until: Option<Instant>,
+    was_cut: Arc<AtomicBool>,
+}
+
+impl Explored {
+    fn time_is_up(&self) -> bool {
+        let up = self.until.is_some_and(|until| Instant::now() > until);
+        if up {
+            self.was_cut.store(true, Ordering::Relaxed);
+        }
+        up
+    }
+}
+
+impl Model for Explored {
+    type State = World;
+    type Action = Step;
+
+    fn init_states(&self) -> Vec<World> {
+        self.scope.begin()
+    }
+
+    fn actions(&self, world: &World, steps: &mut Vec<Step>) {
+        if world.observed.violation.is_none() && !self.time_is_up() {
+            enabled(&self.scope, world, steps);
+        }
+    }
+
+    fn next_state(&self, world: &World, step: Step) -> Option<World> {
+        let taken = catch_unwind(AssertUnwindSafe(|| apply(&self.scope, world, step)));
+        taken.unwrap_or_else(|panic| {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).into()));
+            let mut world = world.clone();
+            world.accuse(Violation::Panicked(text.unwrap_or_default()));
+            world.seal(&self.scope.pools);
+            Some(world)
+        })
+    }
+
+    fn properties(&self) -> Vec<Property<Explored>> {
+        /// The property carries the name of the function that judges.
+        macro_rules! always {
+            ($($name:ident),* $(,)?) => {
+                vec![$(Property::always(stringify!($name), |_, world| properties::$name(world))),*]
+            };
+        }
+        always![
+            one_leader_a_term,
+            same_term_same_position_same_entry,
+            committed_entries_agree,
+            leaders_hold_what_is_committed,
+            committed_entries_are_on_a_quorum,
+            consumers_see_only_what_is_committed,
+            commit_never_goes_back,
+            configurations_agree,
+            nothing_is_answered_before_it_is_durable,
+            no_last_defence_is_reached,
+        ]
+    }
+}
+
+/// Violated property, and the steps that lead there.
+type Trace = (&'static str, Vec<Step>, Option<Violation>);
+
+struct Outcome {
+    scope: Arc<Scope>,
+    states: usize,
+    steps: usize,
+    depth: usize,
+    took: Duration,
+    was_cut: bool,
+    violation: Option<Trace>,
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let end = match (&self.violation, self.was_cut) {
+            (Some((name, ..)), _) => name,
+            (None, true) => "cut short",
+            (None, false) => "complete",
+        };
+        write!(
+            f,
+            "{:<44} {:>10} states {:>11} steps, depth {:>2}, {:>6.1} s, {end}",
+            self.scope.name,
+            self.states,
+            self.steps,
+            self.depth,
+            self.took.as_secs_f64(),
+        )
+    }
+}
+
+fn is_full() -> bool {
+    std::env::var("MODEL").is_ok_and(|which| which == "full")
+}
+
+fn explore(scope: Scope) -> Outcome {
+    let begun = Instant::now();
+    let minutes = std::env::var("MODEL_MINUTES").ok();
+    let minutes = minutes.map_or(10, |text| text.parse().expect("MODEL_MINUTES is a number"));
+    let scope = Arc::new(scope);
+    let was_cut = Arc::new(AtomicBool::new(false));
+    let explored = Explored {
+        scope: Arc::clone(&scope),
+        until: is_full().then(|| begun + Duration::from_secs(60 * minutes)),
+        was_cut: Arc::clone(&was_cut),
+    };
+    let checker = explored.checker();
+    let checker = checker.finish_when(HasDiscoveries::AnyFailures);
+    let checker = checker.spawn_bfs().join();
+    let found = checker.discoveries().into_iter().map(|(name, path)| {
+        let accused = path.last_state().observed.violation.clone();
+        (name, path.into_actions(), accused)
+    });
+    let violation = found.min_by_key(|(name, steps, _)| (steps.len(), *name));
+    Outcome {
+        states: checker.unique_state_count(),
+        steps: checker.state_count(),
+        depth: checker.max_depth(),
+        took: begun.elapsed(),
+        was_cut: was_cut.load(Ordering::Relaxed),
+        violation,
+        scope,
+    }
+}
+
+/// Every property holds, everywhere in these scopes; and something happens in each.
+fn all_hold(scopes: Vec<Scope>) {
+    for scope in scopes {
+        let outcome = explore(scope);
+        println!("{outcome}");
+        if let Some((name, steps, accused)) = &outcome.violation {
+            let steps: Vec<String> = steps.iter().map(|step| format!("  {step:?}\n")).collect();
+            panic!("{name} is violated ({accused:?}):\n{}", steps.concat());
+        }
+        assert!(is_full() || !outcome.was_cut);
+        let seen = &outcome.scope.seen;
+        for (name, count) in seen.all() {
+            let wanted = outcome.scope.wanted.contains(&name);
+            assert!(
+                !wanted || count > 0,
+                "{name} never happens in {}",
+                outcome.scope.name
+            );
+        }
+    }
+}
+
+#[test]
+fn a_server_that_lost_its_tail_or_has_more_than_the_quorum() {
+    all_hold(scopes::restarted_server(is_full()));
+}
+
+#[test]
+fn two_servers_that_both_want_to_lead() {
+    all_hold(scopes::rivals(is_full()));
+}
+
+#[test]
+fn a_worker_that_stands_again() {
+    all_hold(scopes::restarted_worker(is_full()));
+}
+
+#[test]
+fn a_first_use() {
+    all_hold(scopes::first_use(is_full()));
+}
+
+#[test]
+fn a_joint_configuration() {
+    all_hold(scopes::joint(is_full()));
+}
+
+#[test]
+fn safekeepers_that_crash_or_are_made_anew() {
+    all_hold(scopes::lost_safekeepers(is_full()));
+}
+
+#[test]
+fn messages_that_are_late_and_connections_that_break() {
+    all_hold(scopes::late_messages(is_full()));
+}
+
+/// The properties are worth something: each broken promise violates one.
+#[test]
+fn broken_promises_are_noticed() {
+    for (mutation, property) in [
+        (Mutation::VoteNotDurable, "one_leader_a_term"),
+        (
+            Mutation::AcknowledgedBeforeFlush,
+            "committed_entries_are_on_a_quorum",
+        ),
+        (Mutation::TailKept, "same_term_same_position_same_entry"),
+        (
+            Mutation::HistoryBeforeTruncation,
+            "same_term_same_position_same_entry",
+        ),
+        (Mutation::WipedKeepsIncarnation, "one_leader_a_term"),
+    ] {
+        let outcome = explore(scopes::broken(mutation));
+        println!("{outcome}");
+        let Some((name, steps, _)) = outcome.violation else {
+            panic!("{mutation:?} goes unnoticed");
+        };
+        println!("  {steps:?}");
+        assert_eq!(name, property, "{mutation:?}");
+    }
+}

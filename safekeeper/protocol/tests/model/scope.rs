@@ -1,0 +1,281 @@
+//! What is explored: how a state space begins, what may happen in it, and where it ends.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use safekeeper_protocol::*;
+
+use super::world::*;
+
+/// How the cluster stands when the exploration begins.
+#[derive(Clone, Debug)]
+pub enum Begin {
+    /// Nobody was ever configured. Each server lists these safekeepers, and holds so many entries.
+    FirstUse {
+        lists: [Vec<usize>; SERVERS],
+        local: [usize; SERVERS],
+    },
+    /// Term 1 has reigned, all with `{1}` as their history. Several ways its end may have left things.
+    Settled {
+        configuration: fn() -> Configuration,
+        ends: Vec<Ends>,
+    },
+}
+
+/// How many entries of term 1 each log holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Ends {
+    pub safekeepers: [usize; SAFEKEEPERS],
+    /// `None`: this server's data directory has no history file.
+    pub servers: [Option<usize>; SERVERS],
+}
+
+/// A promise of the host, broken on purpose.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    VoteNotDurable,
+    AcknowledgedBeforeFlush,
+    TailKept,
+    HistoryBeforeTruncation,
+    WipedKeepsIncarnation,
+}
+
+pub struct Scope {
+    pub name: &'static str,
+    pub begin: Begin,
+    /// The second one may be left out.
+    pub n_servers: usize,
+    pub faults: Faults,
+    pub term_max: u64,
+    /// Entries of the longest log.
+    pub entries_max: usize,
+    /// Answers and appends that may be on their way at a time while other things happen.
+    pub late_max: usize,
+    /// A greeting is answered at once: the log is still asked for by the vote, at any time.
+    pub prompt_greetings: bool,
+    /// Comparing, completing and persisting take time, in which other things happen.
+    pub slow_host: bool,
+    /// Each worker draws random numbers of its own. They matter for the lineage, at first use.
+    pub fresh_seeds: bool,
+    pub mutation: Option<Mutation>,
+    /// What must happen for the exploration to count.
+    pub wanted: &'static [&'static str],
+    pub seen: Seen,
+    pub pools: Pools,
+}
+
+/// How often something happened: that it can happen at all keeps an exploration from being empty.
+#[derive(Debug, Default)]
+pub struct Count(AtomicU64);
+
+impl Count {
+    pub fn count(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub led: Count,
+    pub committed: Count,
+    pub completed: Count,
+    pub truncated: Count,
+    pub stale: Count,
+    pub refused: Count,
+}
+
+impl Seen {
+    pub fn all(&self) -> [(&'static str, u64); 6] {
+        [
+            ("led", self.led.get()),
+            ("committed", self.committed.get()),
+            ("completed", self.completed.get()),
+            ("truncated", self.truncated.get()),
+            ("stale", self.stale.get()),
+            ("refused", self.refused.get()),
+        ]
+    }
+}
+
+impl Default for Scope {
+    fn default() -> Scope {
+        Scope {
+            name: "",
+            begin: Begin::Settled {
+                configuration: three,
+                ends: Vec::new(),
+            },
+            n_servers: SERVERS,
+            faults: Faults::default(),
+            term_max: 3,
+            entries_max: 2,
+            late_max: 0,
+            prompt_greetings: true,
+            slow_host: false,
+            fresh_seeds: false,
+            mutation: None,
+            wanted: &[],
+            seen: Seen::default(),
+            pools: Pools::default(),
+        }
+    }
+}
+
+pub fn cluster() -> ClusterIdentity {
+    ClusterIdentity {
+        system_id: 7,
+        name: String::new(),
+        pg_major: 17,
+        segment_size: 1 << 20,
+    }
+}
+
+fn members(safekeepers: &[usize]) -> Vec<Member> {
+    let member = |&safekeeper: &usize| Member {
+        id: MemberId(safekeeper as u64 + 1),
+        incarnation: Incarnation(safekeeper as u128 + 1),
+        host: String::new(),
+        port: 0,
+    };
+    safekeepers.iter().map(member).collect()
+}
+
+fn configured(old: &[usize], new: Option<&[usize]>) -> Configuration {
+    Configuration {
+        lineage: Lineage(7),
+        version: ConfigurationVersion {
+            term: Term(1),
+            generation: 1,
+        },
+        members: members(old),
+        new_members: new.map(members),
+    }
+}
+
+pub fn three() -> Configuration {
+    configured(&[0, 1, 2], None)
+}
+
+/// From {1, 2} to {2, 3}: votes and commits need all three.
+pub fn joint_pairs() -> Configuration {
+    configured(&[0, 1], Some(&[1, 2]))
+}
+
+/// From {1} to {1, 2, 3}: the first, and one of the others.
+pub fn joint_grown() -> Configuration {
+    configured(&[0], Some(&[0, 1, 2]))
+}
+
+impl Scope {
+    pub fn begin(&self) -> Vec<World> {
+        match &self.begin {
+            Begin::FirstUse { lists, local } => vec![self.first_use(lists, *local)],
+            Begin::Settled {
+                configuration,
+                ends,
+            } => ends
+                .iter()
+                .map(|ends| self.settled(&configuration(), ends))
+                .collect(),
+        }
+    }
+
+    fn first_use(&self, lists: &[Vec<usize>; SERVERS], local: [usize; SERVERS]) -> World {
+        let safekeeper = |i| safekeeper(i, AcceptorState::unconfigured(cluster()), 0);
+        let server = |i: usize| Server {
+            list: lists[i].clone(),
+            ..server(TermHistory::default(), Configuration::default(), local[i])
+        };
+        self.world(
+            [0, 1, 2].map(safekeeper),
+            [0, 1].map(server),
+            Observed::default(),
+        )
+    }
+
+    fn settled(&self, configuration: &Configuration, ends: &Ends) -> World {
+        let reign = TermEntry {
+            term: Term(1),
+            tli: Tli(1),
+            start_lsn: LOG_START,
+        };
+        let history = TermHistory::new(vec![reign]).expect("one reign");
+        let node = |i: usize| {
+            let state = AcceptorState {
+                term: Term(1),
+                configuration: configuration.clone(),
+                history: history.clone(),
+                ..AcceptorState::unconfigured(cluster())
+            };
+            safekeeper(i, state, ends.safekeepers[i])
+        };
+        let server = |i: usize| match ends.servers[i] {
+            Some(end) => server(history.clone(), configuration.clone(), end),
+            None => server(TermHistory::default(), Configuration::default(), 1),
+        };
+        let committed =
+            configuration.quorum_lsn(|member| lsn(ends.safekeepers[member.id.0 as usize - 1]));
+        let mut observed = Observed {
+            led: 1 << 1,
+            committed: vec![ANCESTOR; place(committed)],
+            ..Observed::default()
+        };
+        observed.committed_in[1] = place(committed) as u8;
+        self.world([0, 1, 2].map(node), [0, 1].map(server), observed)
+    }
+
+    fn world(
+        &self,
+        safekeepers: [Safekeeper; SAFEKEEPERS],
+        servers: [Server; SERVERS],
+        observed: Observed,
+    ) -> World {
+        let mut world = World {
+            safekeepers: safekeepers.map(Shared::new),
+            servers: servers.map(Shared::new),
+            links: std::array::from_fn(|_| std::array::from_fn(|_| Shared::new(Link::default()))),
+            observed: Shared::new(observed),
+            faults: self.faults,
+        };
+        world.seal(&self.pools);
+        world
+    }
+}
+
+fn safekeeper(i: usize, durable: AcceptorState, end: usize) -> Safekeeper {
+    let begun = !durable.history.is_empty();
+    let flush_lsn = if begun { lsn(end) } else { Lsn::INVALID };
+    let incarnation = Incarnation(i as u128 + 1);
+    Safekeeper {
+        acceptor: Acceptor::new(
+            MemberId(i as u64 + 1),
+            incarnation,
+            durable.clone(),
+            flush_lsn,
+        ),
+        incarnation,
+        durable,
+        begun,
+        entries: vec![ANCESTOR; end],
+        flushed: end,
+    }
+}
+
+fn server(history: TermHistory, configuration: Configuration, end: usize) -> Server {
+    Server {
+        proposer: None,
+        task: None,
+        up: false,
+        deposed: false,
+        run: 0,
+        starts: 0,
+        list: (0..SAFEKEEPERS).collect(),
+        history,
+        configuration,
+        entries: vec![ANCESTOR; end],
+        flushed: end,
+    }
+}
