@@ -235,10 +235,10 @@ fn broken_promises_are_noticed() {
             Mutation::AcknowledgedBeforeFlush,
             "committed_entries_are_on_a_quorum",
         ),
-        (Mutation::TailKept, "same_term_same_position_same_entry"),
+        (Mutation::TailKept, "committed_entries_are_on_a_quorum"),
         (
             Mutation::HistoryBeforeTruncation,
-            "same_term_same_position_same_entry",
+            "committed_entries_are_on_a_quorum",
         ),
         (Mutation::WipedKeepsIncarnation, "one_leader_a_term"),
     ] {
