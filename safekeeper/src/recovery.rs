@@ -284,7 +284,7 @@ impl<'a> LogReader<'a> {
 
     /// The log begins inside a record, and holds the rest of that and nothing whole behind it. Then
     /// it ends behind that rest if the control file knows of a place between records there; else
-    /// where it begins.
+    /// where it begins. If more than the rest was committed, the log has lost something.
     fn known_end(
         &self,
         state: &AcceptorState,
@@ -296,7 +296,8 @@ impl<'a> LogReader<'a> {
         };
         let starts = state.history.entries().iter().map(|entry| entry.start_lsn);
         let known = starts.chain([state.commit_lsn]).any(|lsn| lsn == rest_end);
-        if found.last_record().is_some() || !known || rest_end <= begin {
+        let holds_committed = rest_end >= state.commit_lsn;
+        if found.last_record().is_some() || !known || !holds_committed || rest_end <= begin {
             return Ok(None);
         }
         let mut reader = self.reader();

@@ -508,6 +508,31 @@ fn what_recovery_needs_is_not_removed() {
 }
 
 #[test]
+fn a_log_that_has_lost_what_followed_the_rest_it_begins_with_is_corrupt() {
+    let mut dir = LogDir::new();
+    let mut wal = wal_from(START);
+    wal.noop(2_200_000);
+    // A term begins right behind the record with whose rest the oldest segment will begin.
+    let rest_end = wal.position();
+    wal.noop(1_000);
+    dir.state.history = history(&[(1, START), (1, rest_end)]);
+    dir.hold(&wal);
+    dir.state.commit_lsn = wal.position();
+    let mut storage = dir.open();
+    storage.remove_before(wal.position()).unwrap();
+    assert_eq!(storage.oldest_lsn(), START + 2 * SEGMENT);
+    drop(storage);
+    dir.flip(rest_end + 100);
+    match dir.try_open() {
+        Err(OpenError::Corrupt { lsn, .. }) => assert!(lsn <= rest_end),
+        other => panic!("unexpected {other:?}"),
+    }
+    // What is not known to be committed may go.
+    dir.state.commit_lsn = rest_end;
+    assert_eq!(dir.open().flush_lsn(), rest_end);
+}
+
+#[test]
 fn a_full_disk_refuses_wal_and_loses_nothing() {
     let dir = LogDir::new();
     let (disk, faults) = FaultDisk::new(dir.temp.path());
