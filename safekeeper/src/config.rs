@@ -33,6 +33,12 @@ pub const DEFAULT_HTTP: &str = "127.0.0.1:7676";
 #[error("{0}")]
 pub struct ConfigError(String);
 
+impl ConfigError {
+    pub fn new(text: String) -> ConfigError {
+        ConfigError(text)
+    }
+}
+
 /// The settings in effect.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]

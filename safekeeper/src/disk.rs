@@ -16,8 +16,9 @@
 //!
 //! **Errors.** A failed write, sync or rename is a [`StorageError`], and the caller ends the
 //! process: after a failed sync the kernel may have dropped the pages it could not write and call
-//! the next sync a success. The one failure that is survived is a lack of space, and only where
-//! nothing that was promised depends on it; [`StorageError::is_no_space`] tells it apart.
+//! the next sync a success. The one failure that is survived is a lack of space or of descriptors,
+//! and only where nothing that was promised depends on it; [`StorageError::is_no_space`] tells it
+//! apart.
 
 use std::fmt;
 use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
@@ -38,12 +39,21 @@ pub struct StorageError {
 }
 
 impl StorageError {
-    /// Space, quota or a size limit has run out: what failed can be tried again later.
+    /// Space, quota, a size limit or descriptors have run out: what failed can be tried again
+    /// later.
     pub fn is_no_space(&self) -> bool {
         matches!(
             self.source.kind(),
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
-        )
+        ) || self.is_out_of_descriptors()
+    }
+
+    /// Too many files are open, here or on the whole host. Only opening one fails like this, so
+    /// nothing has been written.
+    fn is_out_of_descriptors(&self) -> bool {
+        let out = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
+        let errno = self.source.raw_os_error();
+        out.iter().any(|one| Some(one.raw_os_error()) == errno)
     }
 
     pub fn is_not_found(&self) -> bool {
@@ -375,6 +385,19 @@ mod tests {
         let (dir, disk) = disk();
         let error = disk.open(Path::new("missing")).unwrap_err();
         assert!(error.is_not_found() && !error.is_no_space());
+        for (errno, expected) in [
+            (rustix::io::Errno::NOSPC, true),
+            (rustix::io::Errno::MFILE, true),
+            (rustix::io::Errno::NFILE, true),
+            (rustix::io::Errno::IO, false),
+        ] {
+            let error = StorageError {
+                doing: "open",
+                path: PathBuf::from("x"),
+                source: errno.into(),
+            };
+            assert_eq!(error.is_no_space(), expected, "{errno}");
+        }
         let path = dir.path().join("missing");
         let text = error.to_string();
         assert!(text.starts_with(&format!("could not open \"{}\": ", path.display())));

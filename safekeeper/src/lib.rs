@@ -33,6 +33,7 @@ pub mod view;
 
 // Who speaks to the world.
 pub mod connection;
+mod descriptors;
 pub mod http;
 pub mod receive_wal;
 pub mod send_wal;

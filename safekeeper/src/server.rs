@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 use crate::clusters::Clusters;
 use crate::config::{Config, ConfigError};
 use crate::connection::{Clock, Connection};
+use crate::descriptors;
 use crate::disk::StorageError;
 use crate::http::HttpServer;
 use crate::identity::DataDir;
@@ -116,6 +117,7 @@ impl Server {
     /// Opens all clusters and begins to serve them.
     pub fn start(data_dir: DataDir, config: Config) -> Result<Server, StartError> {
         let (listen, http) = config.addresses()?;
+        descriptors::check(config.max_connections, descriptors::raise_limit())?;
         // Both addresses before anything else: the usual mistake is that one is taken.
         let listener = bind(listen)?;
         let http_listener = bind(http)?;

@@ -1,8 +1,10 @@
 //! The command as an operator meets it: exit codes, messages that name the value, an orderly end.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, ChildStderr, Command, Output, Stdio};
+use std::time::Duration;
 
 fn safekeeper(arguments: &[&str]) -> Output {
     let mut command = Command::new(env!("CARGO_BIN_EXE_safekeeper"));
@@ -22,6 +24,15 @@ fn expect(arguments: &[&str], code: i32, words: &[&str]) {
     }
 }
 
+/// `safekeeper run` with no more than so many descriptors, and no way to have more.
+fn run_with_descriptors(n_max: u32, dir: &str) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", &format!("ulimit -n {n_max} && exec \"$@\""), "sh"]);
+    command.arg(env!("CARGO_BIN_EXE_safekeeper"));
+    command.args(["run", "--data-dir", dir, "--log-format", "json"]);
+    command
+}
+
 fn text(path: &Path) -> &str {
     path.to_str().expect("UTF-8")
 }
@@ -38,6 +49,10 @@ impl Daemon {
     fn run(dir: &str) -> Daemon {
         let mut command = Command::new(env!("CARGO_BIN_EXE_safekeeper"));
         command.args(["run", "--data-dir", dir, "--log-format", "json"]);
+        Daemon::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Daemon {
         command.args(["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0"]);
         let mut child = command.stderr(Stdio::piped()).spawn().expect("it starts");
         let log = BufReader::new(child.stderr.take().expect("piped"));
@@ -179,4 +194,31 @@ fn the_daemon_runs_tells_its_status_and_ends_in_order() {
     let ended = daemon.child.wait().expect("ended");
     assert_eq!(ended.code(), Some(0));
     expect(&["status", &daemon.http], 3, &["no status from"]);
+}
+
+#[test]
+fn idle_http_connections_do_not_use_up_the_descriptors() {
+    let temp = tempfile::tempdir().expect("a directory");
+    let dir = temp.path().join("d");
+    expect(&["init", "--data-dir", text(&dir), "--id", "1"], 0, &[]);
+    let refused = run_with_descriptors(140, text(&dir)).output();
+    let refused = refused.expect("the command runs");
+    assert_eq!(refused.status.code(), Some(1));
+    let stderr = String::from_utf8_lossy(&refused.stderr);
+    assert!(stderr.contains("max_connections: 100"), "{stderr}");
+
+    let mut command = run_with_descriptors(140, text(&dir));
+    command.args(["--max-connections", "10"]);
+    let mut daemon = Daemon::spawn(command);
+    // More than it has descriptors, and none of them says a word.
+    let mut idle: Vec<TcpStream> = (0..150)
+        .map(|_| TcpStream::connect(&daemon.http).expect("connected"))
+        .collect();
+    // Those that were accepted are closed after a while, and so make room for the next.
+    let patience = Some(Duration::from_secs(30));
+    idle[0].set_read_timeout(patience).expect("a timeout");
+    assert_eq!(idle[0].read(&mut [0]).expect("an orderly end"), 0);
+    drop(idle);
+    expect(&["status", &daemon.http], 0, &[]);
+    assert_eq!(daemon.child.try_wait().expect("a child"), None);
 }
