@@ -7,7 +7,7 @@
 //! ```
 //!
 //! The acceptors and proposers are those that ship; this crate plays the daemon, the extension,
-//! the disks and the network around them (`model/step.rs`), and knows no rule of the protocol. The
+//! the disks and the network around them, and knows no rule of the protocol. The
 //! crate `stateright` does the exploring, breadth first, so a violation comes with a shortest
 //! trace. A [`Scope`] names what may go wrong, and how often, in one exploration: everything at once
 //! is beyond any computer.
@@ -20,9 +20,12 @@
 //! membership (a joint configuration is started in), and liveness.
 
 mod model {
+    mod links;
     pub mod properties;
+    mod safekeepers;
     pub mod scope;
     pub mod scopes;
+    mod servers;
     pub mod step;
     pub mod world;
 }

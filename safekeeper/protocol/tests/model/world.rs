@@ -109,6 +109,14 @@ pub struct Server {
     pub flushed: usize,
 }
 
+impl Server {
+    /// Of a safekeeper that it has a link to, hence of its list.
+    pub fn peer(&self, safekeeper: usize) -> PeerIdx {
+        let place = self.list.iter().position(|&listed| listed == safekeeper);
+        PeerIdx(place.expect("a listed safekeeper"))
+    }
+}
+
 /// A connection that the server has given up, and whose last words are still on their way.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Old {

@@ -1,0 +1,287 @@
+//! Postgres as the model plays it: start, crash, insert; and the worker, which does what the
+//! proposer asks for.
+//!
+//! The local log may lose at a crash whatever was not certainly flushed, though it was pushed. A
+//! task of the host (compare, complete, persist) is done at once, or in a step of its own where the
+//! scope says that the host is slow; a crash then finds it undone.
+//!
+//! A deposed server's worker ends. Only a start of the server brings another.
+
+use safekeeper_protocol::*;
+
+use super::scope::cluster;
+use super::step::{NOW_MS, Run};
+use super::world::*;
+
+impl Run<'_> {
+    pub fn start(&mut self, server: usize) {
+        let scope = self.scope;
+        let node = self.world.servers[server].edit();
+        node.starts += u8::from(scope.fresh_seeds);
+        let standing = if node.up {
+            Standing::Running
+        } else {
+            Standing::BeforeRecovery
+        };
+        if !node.up {
+            node.flushed = node.entries.len();
+        }
+        let local = LocalLog {
+            history: node.history.clone(),
+            tli: Tli(1),
+            end_lsn: lsn(node.entries.len()),
+            unled_from: None,
+            timeline_files: Vec::new(),
+            configuration: node.configuration.clone(),
+        };
+        let address = |&safekeeper: &usize| PeerAddress {
+            host: String::new(),
+            port: safekeeper as u16,
+        };
+        let settings = ProposerSettings {
+            proposer_id: ProposerId(server as u128 + 1),
+            cluster: cluster(),
+            peers: node.list.iter().map(address).collect(),
+            member_timeout_ms: 10_000,
+            seed: 2 * (server as u64 * 100 + u64::from(node.starts)) + 1,
+        };
+        node.proposer = Some(Proposer::new(settings, local, standing, NOW_MS));
+        for safekeeper in node.list.clone() {
+            self.connect(server, safekeeper);
+        }
+    }
+
+    pub fn stop_worker(&mut self, server: usize) {
+        let node = self.world.servers[server].edit();
+        node.proposer = None;
+        node.task = None;
+        for safekeeper in 0..SAFEKEEPERS {
+            self.give_up(server, safekeeper);
+        }
+    }
+
+    pub fn insert_up_to(&mut self, server: usize, end: usize) {
+        let node = self.world.servers[server].edit();
+        let writer = Writer {
+            server: server as u8,
+            run: node.run,
+        };
+        while node.entries.len() < end {
+            node.entries.push(writer);
+        }
+    }
+
+    pub fn stop_server(&mut self, server: usize, kept: usize) {
+        self.stop_worker(server);
+        let node = self.world.servers[server].edit();
+        (node.up, node.deposed) = (false, false);
+        node.run += 1;
+        node.entries.truncate(kept);
+        node.flushed = kept;
+    }
+
+    // ---- its worker -----------------------------------------------------------------------
+
+    /// Let the proposer act, then do what it asks for.
+    pub fn drive(
+        &mut self,
+        server: usize,
+        act: impl FnOnce(&mut Proposer, &mut Vec<ProposerAction>),
+    ) {
+        let mut actions = Vec::new();
+        if let Some(proposer) = &mut self.world.servers[server].edit().proposer {
+            act(proposer, &mut actions);
+        }
+        for action in actions {
+            // The worker may have ended in between.
+            if self.world.servers[server].proposer.is_some() {
+                self.carry_out(server, action);
+            }
+        }
+        if !self.scope.slow_host && self.world.servers[server].task.is_some() {
+            self.work(server);
+        }
+    }
+
+    pub fn carry_out(&mut self, server: usize, action: ProposerAction) {
+        let safekeeper_of = |run: &Run, peer: PeerIdx| run.world.servers[server].list[peer.0];
+        let task = match action {
+            ProposerAction::Send { to, message } => {
+                let safekeeper = safekeeper_of(self, to);
+                let link = &mut self.world.links[server][safekeeper];
+                if link.open && !link.ended {
+                    link.edit().requests.push_back((message, Vec::new()));
+                }
+                return;
+            }
+            ProposerAction::Disconnect { peer, .. } => {
+                let safekeeper = safekeeper_of(self, peer);
+                self.disconnect(server, safekeeper);
+                return self.reconnect(server, safekeeper);
+            }
+            ProposerAction::Lead { term, .. } => return self.lead(server, term),
+            ProposerAction::Commit(lsn) => return self.commit(server, place(lsn)),
+            ProposerAction::StandAgain => return self.stop_worker(server),
+            ProposerAction::Deposed { .. } => {
+                self.stop_worker(server);
+                self.world.servers[server].edit().deposed = true;
+                return;
+            }
+            ProposerAction::Wait(_) => return,
+            ProposerAction::Compare {
+                donor,
+                term,
+                begin_lsn,
+                end_lsn,
+            } => Task::Compare {
+                donor: safekeeper_of(self, donor),
+                term,
+                begin: place(begin_lsn),
+                end: place(end_lsn),
+            },
+            ProposerAction::Complete {
+                donor,
+                term,
+                begin_lsn,
+                end_lsn,
+            } => Task::Complete {
+                donor: safekeeper_of(self, donor),
+                term,
+                begin: place(begin_lsn),
+                end: place(end_lsn),
+            },
+            ProposerAction::PersistHistory {
+                history,
+                configuration,
+            } => Task::Persist {
+                history,
+                configuration,
+            },
+        };
+        self.world.servers[server].edit().task = Some(task);
+    }
+
+    pub fn work(&mut self, server: usize) {
+        let Some(task) = self.world.servers[server].edit().task.take() else {
+            return;
+        };
+        match task {
+            Task::Compare {
+                donor,
+                term,
+                begin,
+                end,
+            } => {
+                let theirs = &self.world.safekeepers[donor];
+                let ours = &self.world.servers[server].entries;
+                // A read is answered only in the term it was asked in (W4).
+                let outcome = if theirs.acceptor.term() != term || theirs.flushed < end {
+                    Compared::Unavailable {
+                        reason: String::new(),
+                    }
+                } else if ours[begin..end] != theirs.entries[begin..end] {
+                    self.world.accuse(Violation::OtherBytes);
+                    Compared::Differs { at: lsn(begin) }
+                } else {
+                    Compared::Equal
+                };
+                self.drive(server, |proposer, out| {
+                    proposer.on_compared(outcome, NOW_MS, out)
+                });
+            }
+            Task::Complete {
+                donor,
+                term,
+                begin,
+                end,
+            } => {
+                let theirs = &self.world.safekeepers[donor];
+                if theirs.acceptor.term() != term || theirs.flushed < end {
+                    // Postgres gives up starting; it is started again.
+                    return self.stop_worker(server);
+                }
+                let missing = theirs.entries[begin..end].to_vec();
+                self.scope.seen.completed.count();
+                let node = self.world.servers[server].edit();
+                node.entries.extend(missing);
+                node.task = Some(Task::Completed);
+                if !self.scope.slow_host {
+                    self.work(server);
+                }
+            }
+            Task::Completed => {
+                let node = self.world.servers[server].edit();
+                node.flushed = node.entries.len();
+                self.drive(server, |proposer, out| proposer.on_completed(NOW_MS, out));
+            }
+            Task::Persist {
+                history,
+                configuration,
+            } => {
+                let node = self.world.servers[server].edit();
+                (node.history, node.configuration) = (history, configuration);
+                self.drive(server, |proposer, out| {
+                    proposer.on_history_persisted(NOW_MS, out)
+                });
+            }
+        }
+    }
+
+    pub fn lead(&mut self, server: usize, term: Term) {
+        self.world.servers[server].edit().up = true;
+        let bit = 1 << term.0;
+        if self.world.observed.led & bit != 0 {
+            self.world.accuse(Violation::TwoLeaders);
+        }
+        self.world.observed.edit().led |= bit;
+        self.scope.seen.led.count();
+    }
+
+    pub fn commit(&mut self, server: usize, end: usize) {
+        let node = &self.world.servers[server];
+        let Some(term) = node
+            .proposer
+            .as_ref()
+            .map(|proposer| proposer.term().0 as usize)
+        else {
+            return;
+        };
+        let ours = node.entries[..end].to_vec();
+        let committed = &self.world.observed.committed;
+        let common = committed.len().min(end);
+        if committed[..common] != ours[..common] {
+            return self.world.accuse(Violation::CommittedChanged);
+        }
+        let observed = self.world.observed.edit();
+        if end > observed.committed.len() {
+            observed.committed = ours;
+        }
+        observed.committed_in[term] = observed.committed_in[term].max(end as u8);
+        self.scope.seen.committed.count();
+    }
+
+    /// One entry at a time, though a server would send all it has: a prefix is what may arrive.
+    pub fn next_append(
+        &mut self,
+        server: usize,
+        safekeeper: usize,
+        entry: bool,
+    ) -> Option<(Append, Entries)> {
+        let node = &self.world.servers[server];
+        let peer = node.peer(safekeeper);
+        let next = place(node.proposer.as_ref()?.next_lsn(peer)?);
+        let end = next + usize::from(entry);
+        if end > self.scope.entries_max.max(node.entries.len()) {
+            return None;
+        }
+        self.insert_up_to(server, end);
+        let node = self.world.servers[server].edit();
+        let wal = LocalWal {
+            end_lsn: lsn(end),
+            flush_lsn: Lsn::INVALID,
+        };
+        let append = node.proposer.as_mut()?.next_append(peer, wal, NOW_MS)?;
+        let entries = node.entries[next..next + append.len as usize].to_vec();
+        Some((append, entries))
+    }
+}
