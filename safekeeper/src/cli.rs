@@ -79,6 +79,9 @@ struct RunArguments {
     /// WAL kept below commit_lsn that nobody connected needs [default: 1GB]
     #[arg(long, value_name = "SIZE")]
     wal_keep_size: Option<String>,
+    /// WAL kept below commit_lsn whoever needs it; 0 has no bound [default: 64GB]
+    #[arg(long, value_name = "SIZE")]
+    max_wal_keep: Option<String>,
     /// A consumer silent for longer is dropped; 0 waits for ever [default: 60s]
     #[arg(long, value_name = "TIME")]
     wal_sender_timeout: Option<String>,
@@ -173,6 +176,7 @@ fn config_of(arguments: &RunArguments) -> Result<Config, Failure> {
             arguments.max_connections.map(toml::Value::from),
         ),
         ("wal_keep_size", text(&arguments.wal_keep_size)),
+        ("max_wal_keep", text(&arguments.max_wal_keep)),
         ("wal_sender_timeout", text(&arguments.wal_sender_timeout)),
         ("log_format", log_format),
         ("log_level", text(&arguments.log_level)),

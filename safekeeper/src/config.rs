@@ -7,6 +7,7 @@
 //! | `trust_network`     | `false`          | listen beyond loopback though nobody is authenticated     |
 //! | `max_connections`   | `100`            | connections at a time on `listen`                         |
 //! | `wal_keep_size`     | `1GB`            | WAL kept below commit_lsn that nobody connected needs     |
+//! | `max_wal_keep`      | `64GB`           | WAL kept below commit_lsn whoever needs it; 0 has no bound |
 //! | `wal_sender_timeout`| `60s`            | a consumer silent for longer is dropped; 0 waits for ever |
 //! | `log_format`        | `text`           | or `json`                                                 |
 //! | `log_level`         | `info`           | `error`, `warn`, `info`, `debug`, `trace`                 |
@@ -14,6 +15,11 @@
 //! They come from a TOML file and from the command line, which wins. A key that is not in the table
 //! and a value that does not fit are errors that name them. Sizes and times take Postgres's units
 //! (kB, MB, GB of 1024; ms, s, min).
+//!
+//! A member of the quorum that is away, or a consumer that lags, holds WAL back on all others up to
+//! `max_wal_keep`. Beyond that the oldest goes, and a warning says who still needed it: a full disk
+//! would stop commits instead. A consumer is then told that its WAL has been removed (58P01), and
+//! must get it from elsewhere. It should be well below the size of the disk.
 
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::Path;
@@ -50,6 +56,9 @@ pub struct Config {
     /// In bytes.
     #[serde(deserialize_with = "size")]
     pub wal_keep_size: u64,
+    /// In bytes; not below `wal_keep_size`. None: as much as anybody needs.
+    #[serde(deserialize_with = "bound")]
+    pub max_wal_keep: Option<u64>,
     /// None: consumers may be silent for ever.
     #[serde(deserialize_with = "timeout")]
     pub wal_sender_timeout: Option<Duration>,
@@ -66,6 +75,7 @@ impl Default for Config {
             trust_network: false,
             max_connections: 100,
             wal_keep_size: 1 << 30,
+            max_wal_keep: Some(64 << 30),
             wal_sender_timeout: Some(Duration::from_secs(60)),
             log_format: LogFormat::Text,
             log_level: LevelFilter::Info,
@@ -100,6 +110,7 @@ impl Config {
             "trust_network" => self.trust_network = parsed.trust_network,
             "max_connections" => self.max_connections = parsed.max_connections,
             "wal_keep_size" => self.wal_keep_size = parsed.wal_keep_size,
+            "max_wal_keep" => self.max_wal_keep = parsed.max_wal_keep,
             "wal_sender_timeout" => self.wal_sender_timeout = parsed.wal_sender_timeout,
             "log_format" => self.log_format = parsed.log_format,
             "log_level" => self.log_level = parsed.log_level,
@@ -108,10 +119,19 @@ impl Config {
         Ok(())
     }
 
-    /// The two addresses to listen on, `listen` first, if they may be listened on.
+    /// The two addresses to listen on, `listen` first, if they may be listened on and the other
+    /// settings go together.
     pub fn addresses(&self) -> Result<(SocketAddr, SocketAddr), ConfigError> {
         if self.max_connections == 0 {
             return Err(ConfigError("max_connections: must be at least 1".into()));
+        }
+        if let Some(max) = self.max_wal_keep
+            && max < self.wal_keep_size
+        {
+            return Err(ConfigError(format!(
+                "max_wal_keep: {max} is less than wal_keep_size, {}",
+                self.wal_keep_size
+            )));
         }
         let listen = resolve("listen", &self.listen)?;
         let http = resolve("http", &self.http)?;
@@ -192,6 +212,10 @@ fn size<'de, D: Deserializer<'de>>(value: D) -> Result<u64, D::Error> {
         .map_err(D::Error::custom)
 }
 
+fn bound<'de, D: Deserializer<'de>>(value: D) -> Result<Option<u64>, D::Error> {
+    Ok(Some(size(value)?).filter(|size| *size > 0))
+}
+
 fn timeout<'de, D: Deserializer<'de>>(value: D) -> Result<Option<Duration>, D::Error> {
     let units = [("ms", 1), ("s", 1000), ("min", 60_000), ("h", 3_600_000)];
     let ms = Quantity::deserialize(value)?
@@ -223,12 +247,14 @@ mod tests {
             trust_network = true
             max_connections = 7
             wal_keep_size = "2MB"
+            max_wal_keep = "0"
             wal_sender_timeout = "0"
             log_format = "json"
             log_level = "debug"
         "#;
         let config = Config::from_toml(toml).expect("valid");
         assert_eq!(config.wal_keep_size, 2 << 20);
+        assert_eq!(config.max_wal_keep, None);
         assert_eq!(config.wal_sender_timeout, None);
         let mut set = Config::default();
         for (name, value) in toml.parse::<toml::Table>().expect("a table") {
@@ -246,6 +272,7 @@ mod tests {
             ("wal_keep_size = \"1XB\"", "wal_keep_size"),
             ("wal_keep_size = -5", "wal_keep_size"),
             ("wal_keep_size = \"99999999999TB\"", "wal_keep_size"),
+            ("max_wal_keep = \"much\"", "max_wal_keep"),
             ("wal_sender_timeout = \"soon\"", "wal_sender_timeout"),
             ("wal_sender_timeout = 1.5", "wal_sender_timeout"),
             ("log_format = \"xml\"", "log_format"),
@@ -259,6 +286,19 @@ mod tests {
             .set("log_level", "loud".into())
             .expect_err("refused");
         assert_eq!(error.to_string(), "log_level: invalid level \"loud\"");
+    }
+
+    #[test]
+    fn what_is_kept_at_any_rate_is_not_more_than_what_may_be_kept() {
+        let config = |text: &str| Config::from_toml(text).expect("valid");
+        for (text, accepted) in [
+            ("wal_keep_size = \"64GB\"", true),
+            ("wal_keep_size = \"65GB\"", false),
+            ("wal_keep_size = \"65GB\"\nmax_wal_keep = 0", true),
+            ("wal_keep_size = 0\nmax_wal_keep = 1", true),
+        ] {
+            assert_eq!(config(text).addresses().is_ok(), accepted, "{text}");
+        }
     }
 
     #[test]

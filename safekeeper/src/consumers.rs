@@ -72,7 +72,7 @@ impl Progress {
     }
 
     /// Below this it will not ask for WAL again, not even after a reconnect.
-    fn needed_from(&self) -> Lsn {
+    pub fn needed_from(&self) -> Lsn {
         self.start_lsn.max(self.flush_lsn)
     }
 }

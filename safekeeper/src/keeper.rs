@@ -17,7 +17,8 @@
 //! commit_lsn goes to the control file now and then, by `housekeep`. That one takes the keeper for
 //! the moment it needs to copy the state, and waits for the disk with only the control file in its
 //! hands; locks are taken in this order, keeper then control file, so an older state never replaces
-//! a newer one, and no commit waits for it.
+//! a newer one, and no commit waits for it. Old WAL is removed a few segments at a time, and who
+//! came meanwhile has the keeper first: it is taken through a door, in which the next one waits.
 //!
 //! **A failed write, flush or rename ends the process**, in [`stop_on`]: what the disk holds is
 //! unknown then, and a restart finds out. Two failures are not of that kind: WAL that is damaged
@@ -66,6 +67,9 @@ pub struct Keeper {
     view: Mutex<Arc<View>>,
     /// Whose Elected was taken, while it is connected.
     proposer: Mutex<Option<SocketAddr>>,
+    /// Held while waiting for `held`. A mutex may be taken again by who has just released it,
+    /// again and again; one who waits in the door can't be overtaken by one who comes after.
+    door: Mutex<()>,
     held: Mutex<Held>,
     control: Mutex<ControlFile>,
 }
@@ -79,6 +83,15 @@ struct Held {
     actions: Vec<AcceptorAction>,
     /// commit_lsn in the control file.
     persisted_commit_lsn: Lsn,
+    /// WAL that somebody needs is being removed for want of a right to so much.
+    over_bound: bool,
+}
+
+/// How much WAL is kept below commit_lsn, in bytes; see the settings of these names.
+#[derive(Clone, Copy, Debug)]
+pub struct Retention {
+    pub wal_keep_size: u64,
+    pub max_wal_keep: Option<u64>,
 }
 
 /// Why a cluster is not served.
@@ -216,18 +229,20 @@ impl Keeper {
             view: Mutex::new(Arc::new(view)),
             proposer: Mutex::new(None),
             control: Mutex::new(control),
+            door: Mutex::new(()),
             held: Mutex::new(Held {
                 persisted_commit_lsn: acceptor.commit_lsn(),
                 acceptor,
                 storage,
                 actions: Vec::new(),
+                over_bound: false,
             }),
         })
     }
 
     /// Makes segments ahead of the log, on a thread that ends with this keeper.
     pub fn prepare_in_background(&self) -> Result<(), KeeperError> {
-        lock(&self.held)
+        self.hold()
             .storage
             .prepare_in_background()
             .map_err(KeeperError::Thread)
@@ -246,14 +261,19 @@ impl Keeper {
         lock(&self.view).clone()
     }
 
+    fn hold(&self) -> MutexGuard<'_, Held> {
+        let _door = lock(&self.door);
+        lock(&self.held)
+    }
+
     pub fn take_turn(&self) -> Turn<'_> {
-        Turn::new(self, lock(&self.held))
+        Turn::new(self, self.hold())
     }
 
     /// Checks a proposer's Read, and tells what there is to read now.
     pub fn begin_read(&self, read: &Read) -> Result<Readable, PushError> {
         let mut actions = Vec::new();
-        let held = lock(&self.held);
+        let held = self.hold();
         held.acceptor.on_read(read, &mut actions)?;
         Ok(Readable {
             term: held.acceptor.term(),
@@ -262,37 +282,87 @@ impl Keeper {
         })
     }
 
-    /// commit_lsn to the control file if it moved; WAL that nobody needs removed. `wal_keep_size`
-    /// is kept at any rate, in bytes.
-    pub fn housekeep(&self, wal_keep_size: u64) {
+    /// commit_lsn to the control file if it moved; WAL that nobody needs, or that is more than may
+    /// be kept, removed.
+    pub fn housekeep(&self, retention: Retention) {
         self.persist_commit_lsn();
-        let mut held = lock(&self.held);
+        let mut removed = false;
+        while self.remove_some(retention) {
+            removed = true;
+        }
+        if removed {
+            log::info!(
+                "removed WAL cluster={} oldest_lsn={}",
+                self.cluster.name,
+                Lsn(self.oldest_lsn.load(Ordering::Relaxed))
+            );
+        }
+    }
+
+    /// Some of what is to be removed. False if there was nothing.
+    fn remove_some(&self, retention: Retention) -> bool {
+        let mut held = self.hold();
+        let horizon = self.horizon(&mut held, retention);
+        let oldest_lsn = held.storage.oldest_lsn();
+        if horizon.segment_start(self.cluster.segment_size) <= oldest_lsn {
+            return false;
+        }
+        if let Err(error) = held.storage.remove_before(horizon) {
+            stop_on(&error);
+        }
+        let now = held.storage.oldest_lsn();
+        self.oldest_lsn.store(now.0, Ordering::Relaxed);
+        now > oldest_lsn
+    }
+
+    /// WAL below is to be removed. It is not above commit_lsn.
+    fn horizon(&self, held: &mut Held, retention: Retention) -> Lsn {
         let commit_lsn = held.acceptor.commit_lsn();
-        let mut horizon = Lsn(commit_lsn.0.saturating_sub(wal_keep_size));
-        horizon = horizon.min(held.acceptor.truncate_lsn());
+        let truncate_lsn = held.acceptor.truncate_lsn();
+        let behind = |size: u64| Lsn(commit_lsn.0.saturating_sub(size));
+        let mut horizon = behind(retention.wal_keep_size).min(truncate_lsn);
         if let Some(needed_from) = self.consumers.needed_from() {
             horizon = horizon.min(needed_from);
         }
-        if horizon.segment_start(self.cluster.segment_size) <= held.storage.oldest_lsn() {
-            return;
+        let bound = retention.max_wal_keep.map_or(Lsn::INVALID, behind);
+        if bound.segment_start(self.cluster.segment_size) <= horizon {
+            held.over_bound = false;
+            return horizon;
         }
-        match held.storage.remove_before(horizon) {
-            Ok(()) => {
-                let oldest_lsn = held.storage.oldest_lsn();
-                self.oldest_lsn.store(oldest_lsn.0, Ordering::Relaxed);
-                log::info!(
-                    "removed WAL cluster={} oldest_lsn={oldest_lsn}",
-                    self.cluster.name
-                );
-            }
-            Err(error) => stop_on(&error),
+        // Not before it costs somebody something, and not again before all have caught up.
+        let removes = bound.segment_start(self.cluster.segment_size) > held.storage.oldest_lsn();
+        if removes && !std::mem::replace(&mut held.over_bound, true) {
+            log::warn!(
+                "removes WAL that is still needed cluster={} (more than max_wal_keep) \
+                 below={bound} needed_by={}",
+                self.cluster.name,
+                self.needed_by(truncate_lsn, bound)
+            );
         }
+        bound
+    }
+
+    /// Who needs WAL below `lsn`, for the log.
+    fn needed_by(&self, truncate_lsn: Lsn, lsn: Lsn) -> String {
+        let member =
+            (truncate_lsn < lsn).then(|| format!("a member of the quorum ({truncate_lsn})"));
+        let consumers = self.consumers.list();
+        let behind = consumers.iter().filter_map(|consumer| {
+            let needed_from = consumer.progress().needed_from();
+            let name = &consumer.application_name;
+            (needed_from < lsn).then(|| format!("{name} {} ({needed_from})", consumer.address))
+        });
+        member
+            .into_iter()
+            .chain(behind)
+            .collect::<Vec<_>>()
+            .join(", ")
     }
 
     /// What recovery would otherwise have to find out by decoding, and what consumers would have
     /// to wait for after a restart.
     pub fn persist_commit_lsn(&self) {
-        let mut held = lock(&self.held);
+        let mut held = self.hold();
         let commit_lsn = held.acceptor.commit_lsn();
         if commit_lsn == held.persisted_commit_lsn {
             return;

@@ -26,6 +26,7 @@ use crate::descriptors;
 use crate::disk::StorageError;
 use crate::http::HttpServer;
 use crate::identity::DataDir;
+use crate::keeper::Retention;
 use crate::metrics::Metrics;
 use crate::pgwire::{ErrorReport, Output};
 
@@ -304,9 +305,13 @@ fn set_keepalive(socket: &TcpStream) -> io::Result<()> {
 }
 
 fn housekeep(shared: &Shared) {
+    let retention = Retention {
+        wal_keep_size: shared.config.wal_keep_size,
+        max_wal_keep: shared.config.max_wal_keep,
+    };
     while !shared.wait_until(HOUSEKEEPING_INTERVAL, |_| shared.is_stopping()) {
         for keeper in shared.clusters.keepers() {
-            keeper.housekeep(shared.config.wal_keep_size);
+            keeper.housekeep(retention);
         }
     }
 }

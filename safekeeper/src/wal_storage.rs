@@ -269,9 +269,9 @@ impl WalStorage {
         self.timeline_files.read_all()
     }
 
-    /// Removes whole segments below `lsn`, which must not be above the cluster's `commit_lsn`.
-    /// What recovery needs is kept. Takes no space.
-    pub fn remove_before(&mut self, lsn: Lsn) -> Result<(), StorageError> {
+    /// Removes whole segments below `lsn`, which must not be above the cluster's `commit_lsn`: a
+    /// few, the oldest first. True if there are more. What recovery needs is kept. Takes no space.
+    pub fn remove_before(&mut self, lsn: Lsn) -> Result<bool, StorageError> {
         let size = self.segments().size();
         let limit = lsn.min(self.flush_lsn);
         let mut keep = limit.segno(size);
@@ -281,18 +281,25 @@ impl WalStorage {
             keep -= 1;
         }
         if !self.begin.is_valid() || keep <= self.begin.segno(size) {
-            return Ok(());
+            return Ok(false);
         }
+        let mut doomed = self.segments().list()?;
+        doomed.retain(|id| id.segno < keep);
+        // A segment may have files of several timelines; they go together.
+        let kept_now = match (doomed.first(), doomed.get(REMOVED_AT_ONCE_MAX)) {
+            (Some(first), Some(next)) => next.segno.max(first.segno + 1),
+            _ => keep,
+        };
         // Oldest first, and durably one by one: the persisted commit_lsn may lie in one of them,
         // and recovery tells WAL that was removed from WAL that is missing by its being oldest.
-        for id in self.segments().list()? {
-            if id.segno < keep {
+        for id in doomed {
+            if id.segno < kept_now {
                 self.preparation.recycle(id)?;
                 self.segments().disk().sync_dir(self.segments().dir())?;
             }
         }
-        self.begin = self.segments().start(keep);
-        Ok(())
+        self.begin = self.begin.max(self.segments().start(kept_now));
+        Ok(kept_now < keep)
     }
 
     pub fn write_lsn(&self) -> Lsn {
@@ -563,6 +570,9 @@ fn refuse_if_no_space(error: StorageError) -> WriteError {
         error => WriteError::Failed(error),
     }
 }
+
+/// Files removed by one call. Each takes a sync of the directory, and meanwhile nobody can write.
+const REMOVED_AT_ONCE_MAX: usize = 8;
 
 /// A record that has arrived in part is rarely longer.
 const READ_SIZE: usize = 128 << 10;

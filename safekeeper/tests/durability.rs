@@ -22,10 +22,13 @@ use power::PowerDisk;
 use safekeeper::control_file::{ControlFile, read_state};
 use safekeeper::disk::Disk;
 use safekeeper::dump::dump;
+use safekeeper::identity::Identity;
+use safekeeper::keeper::{Keeper, Retention};
+use safekeeper::metrics::Metrics;
 use safekeeper::verify::verify;
 use safekeeper::wal_reader::ReadError;
 use safekeeper::wal_storage::{OpenError, TruncateError, WalStorage, WriteError};
-use safekeeper_protocol::{Lsn, Term, TimelineFile, Tli};
+use safekeeper_protocol::{Incarnation, Lsn, MemberId, Term, TimelineFile, Tli};
 use safekeeper_wal::synthetic::WalBuilder;
 
 /// A small generator, so that a failing run can be repeated (xorshift64*).
@@ -505,6 +508,48 @@ fn what_recovery_needs_is_not_removed() {
     drop(storage);
     let storage = dir.open();
     assert_eq!(storage.flush_lsn(), wal.position());
+}
+
+#[test]
+fn who_wants_the_keeper_need_not_wait_for_all_old_wal_to_be_removed() {
+    let mut dir = LogDir::new();
+    let mut wal = wal_from(START);
+    while wal.position() < START + 40 * SEGMENT {
+        wal.noop(500_000);
+    }
+    dir.hold(&wal);
+    dir.state.commit_lsn = wal.position();
+    dir.persist();
+    let (disk, faults) = FaultDisk::new(dir.temp.path());
+    let identity = Identity {
+        id: MemberId(1),
+        incarnation: Incarnation(5),
+    };
+    let keeper = Keeper::open(disk, identity, log::SYSTEM_ID, |_| {
+        Metrics::default().of_cluster("main")
+    });
+    let keeper = keeper.unwrap();
+    let n_removed = || faults.n_dir_syncs.load(Ordering::SeqCst);
+    let before = n_removed();
+    faults.dir_sync_ms.store(10, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            keeper.housekeep(Retention {
+                wal_keep_size: 0,
+                max_wal_keep: Some(SEGMENT),
+            });
+        });
+        wait_for("removal to begin", || n_removed() > before);
+        let turn = keeper.take_turn();
+        let n_waited_for = n_removed() - before;
+        assert!(n_waited_for <= 8, "{n_waited_for}");
+        drop(turn);
+    });
+    assert!(n_removed() - before >= 37);
+    // Less one segment, if the rest of a record is all that is kept of the first.
+    let bound = Lsn(wal.position().0 - SEGMENT).segment_start(SEGMENT as u32);
+    let oldest_lsn = keeper.status().oldest_lsn.0;
+    assert!(oldest_lsn <= bound && bound <= oldest_lsn + SEGMENT);
 }
 
 #[test]

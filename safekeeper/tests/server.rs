@@ -765,6 +765,42 @@ fn removed_wal_is_refused_in_words_that_tools_know() {
 }
 
 #[test]
+fn who_lags_too_far_holds_no_wal_back() {
+    let daemon = Daemon::with(|config| {
+        config.wal_keep_size = 0;
+        config.max_wal_keep = Some(2 * SEGMENT);
+    });
+    let mut wal = some_wal(SEGMENT);
+    let mut proposer = daemon.with_log(&wal);
+    let mut standby = Client::connect(daemon.address(), &[]).expect("connected");
+    standby
+        .start(&format!("START_REPLICATION {LOG_START}"))
+        .expect("streaming");
+    standby.stream_until(LOG_START, wal.position());
+    // It reports nothing, and a member is away: truncate_lsn stays where it was.
+    let begin = wal.position();
+    while wal.position() < LOG_START + 5 * SEGMENT {
+        wal.noop(100_000);
+    }
+    for (n, part) in wal.bytes_from(begin).chunks(100_000).enumerate() {
+        let lsn = begin + n as u64 * 100_000;
+        proposer.append(lsn, part).expect("appended");
+    }
+    proposer.commit(wal.position());
+    let kept = Lsn(wal.position().0 - 2 * SEGMENT).segment_start(SEGMENT as u32);
+    wait_for("the oldest WAL to be removed", || {
+        daemon.cluster_status("main").oldest_lsn.0 >= kept
+    });
+    assert_eq!(daemon.cluster_status("main").oldest_lsn.0, kept);
+    let mut other = Client::connect(daemon.address(), &[]).expect("connected");
+    other
+        .start(&format!("START_REPLICATION {LOG_START}"))
+        .expect("a stream that fails");
+    let error = other.until_ready().expect_err("removed");
+    assert_eq!(error.sqlstate, "58P01");
+}
+
+#[test]
 fn a_donor_is_read_while_the_term_is_its_own() {
     let daemon = Daemon::start();
     let wal = some_wal(100_000);

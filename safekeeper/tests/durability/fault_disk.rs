@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use safekeeper::disk::{Disk, DiskFile, FileId, RealDisk, Result, StorageError};
 
@@ -22,6 +23,10 @@ pub struct Faults {
     steps_left: AtomicU64,
     /// Syncs of data so far.
     pub n_data_syncs: AtomicU64,
+    /// Syncs of directories so far.
+    pub n_dir_syncs: AtomicU64,
+    /// How long each of them takes.
+    pub dir_sync_ms: AtomicU64,
 }
 
 impl FaultDisk {
@@ -30,6 +35,8 @@ impl FaultDisk {
             full: AtomicBool::new(false),
             steps_left: AtomicU64::new(u64::MAX),
             n_data_syncs: AtomicU64::new(0),
+            n_dir_syncs: AtomicU64::new(0),
+            dir_sync_ms: AtomicU64::new(0),
         });
         let disk = FaultDisk {
             inner: RealDisk::new(root),
@@ -129,6 +136,9 @@ impl Disk for FaultDisk {
 
     fn sync_dir(&self, path: &Path) -> Result<()> {
         self.faults.step(path)?;
+        self.faults.n_dir_syncs.fetch_add(1, Ordering::SeqCst);
+        let takes_ms = self.faults.dir_sync_ms.load(Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(takes_ms));
         self.inner.sync_dir(path)
     }
 

@@ -18,7 +18,7 @@ use safekeeper::clusters::{Clusters, Segments, Unknown};
 use safekeeper::control_file::{cluster_dir, read_state, wal_dir};
 use safekeeper::disk::Disk;
 use safekeeper::identity::Identity;
-use safekeeper::keeper::{Keeper, PushError, Reader, STORAGE_FAILED};
+use safekeeper::keeper::{Keeper, PushError, Reader, Retention, STORAGE_FAILED};
 use safekeeper::metrics::Metrics;
 use safekeeper_protocol::codec::{decode_proposer_message, encode_acceptor_message};
 use safekeeper_protocol::{
@@ -178,9 +178,13 @@ impl Node {
     }
 
     pub fn housekeep(&mut self, wal_keep_size: u64) -> Outcome<()> {
+        let retention = Retention {
+            wal_keep_size,
+            max_wal_keep: None,
+        };
         self.run(|process| {
             for keeper in process.clusters.keepers() {
-                keeper.housekeep(wal_keep_size);
+                keeper.housekeep(retention);
             }
         })
     }
