@@ -4,10 +4,12 @@
 //!   the transaction has written WAL, whatever the session, the role or `SET LOCAL` say.
 //! * The same for COMMIT PREPARED and ROLLBACK PREPARED. They are commands, and have no transaction
 //!   of their own that could be looked at when it commits; so they are caught as commands.
-//! * After it: if the quorum does not have the commit, then its wait was cancelled (by
-//!   `pg_cancel_backend`, a time-out, or the end of the connection). Stock Postgres reports success
-//!   with a warning then. It can't be told to the client any better from here, but it is counted
-//!   (`pg_stat_walproposer.waits_cancelled`) and logged.
+//! * After it, before the client hears of it: the quorum must have it. Normally the server's own
+//!   wait has seen to that. If it was released by somebody else (a standby that managed to call
+//!   itself `walproposer`) or cancelled (`pg_cancel_backend`, a time-out), the acknowledgement is
+//!   held here. The transaction is committed locally, and visible, by then: it can neither fail
+//!   nor be undone. A second cancel, or the end of the session, ends this wait too; then it is
+//!   counted (`pg_stat_walproposer.waits_cancelled`), logged, and the client is warned.
 //!
 //! Autovacuum commits without waiting, as it does with any synchronous standby: nobody is told of
 //! its commits, and without a quorum it is needed most.
@@ -37,8 +39,9 @@ pub fn register() {
 /// The hook that was there before ours; 0 if none.
 static PREVIOUS_HOOK: AtomicUsize = AtomicUsize::new(0);
 
-#[pg_guard]
-#[expect(clippy::too_many_arguments, reason = "the hook's signature")]
+/// Runs a utility command, as stock Postgres would: an ERROR in it must pass through this frame
+/// untouched. So neither it nor what it calls on that way is guarded by pgrx, which would catch
+/// the ERROR and raise another one in its place; and it holds nothing that would need dropping.
 unsafe extern "C-unwind" fn on_command(
     statement: *mut pg_sys::PlannedStmt,
     text: *const c_char,
@@ -49,36 +52,45 @@ unsafe extern "C-unwind" fn on_command(
     destination: *mut pg_sys::DestReceiver,
     completion: *mut pg_sys::QueryCompletion,
 ) {
-    // SAFETY: Postgres hands over a statement that is alive while the hook runs.
-    if unsafe { ends_prepared_transaction(statement) } {
+    // SAFETY: Postgres hands over a statement that is alive while the hook runs; `PREVIOUS_HOOK`
+    // is what `register` found, 0 being None; it is called with what we were called with.
+    unsafe {
+        let ends_prepared = before_command(statement);
+        let previous: pg_sys::ProcessUtility_hook_type =
+            std::mem::transmute(PREVIOUS_HOOK.load(Ordering::Relaxed));
+        let run = previous.unwrap_or(postgres::standard_ProcessUtility);
+        run(
+            statement,
+            text,
+            read_only_tree,
+            context,
+            params,
+            environment,
+            destination,
+            completion,
+        );
+        if ends_prepared {
+            after_prepared_end();
+        }
+    }
+}
+
+/// Whether the command ends a prepared transaction; if so, it will wait for the quorum.
+#[pg_guard]
+unsafe extern "C-unwind" fn before_command(statement: *mut pg_sys::PlannedStmt) -> bool {
+    // SAFETY: as the caller's.
+    let ends_prepared = unsafe { ends_prepared_transaction(statement) };
+    if ends_prepared {
         raise_synchronous_commit();
     }
-    let previous = PREVIOUS_HOOK.load(Ordering::Relaxed);
-    // SAFETY: what `register` found, 0 being None; called with what we were called with.
-    unsafe {
-        let previous: pg_sys::ProcessUtility_hook_type = std::mem::transmute(previous);
-        match previous {
-            Some(previous) => previous(
-                statement,
-                text,
-                read_only_tree,
-                context,
-                params,
-                environment,
-                destination,
-                completion,
-            ),
-            None => pg_sys::standard_ProcessUtility(
-                statement,
-                text,
-                read_only_tree,
-                context,
-                params,
-                environment,
-                destination,
-                completion,
-            ),
-        }
+    ends_prepared
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn after_prepared_end() {
+    if waits_for_quorum() {
+        // SAFETY: a variable of this process, the end of the last record it wrote.
+        hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastRecEnd }));
     }
 }
 
@@ -106,27 +118,41 @@ std::thread_local! {
 unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *mut c_void) {
     match event {
         XactEvent::XACT_EVENT_PRE_COMMIT | XactEvent::XACT_EVENT_PRE_PREPARE => before_commit(),
-        XactEvent::XACT_EVENT_COMMIT if AWAITS_QUORUM.replace(false) => after_commit(),
-        XactEvent::XACT_EVENT_ABORT | XactEvent::XACT_EVENT_PREPARE => AWAITS_QUORUM.set(false),
+        XactEvent::XACT_EVENT_COMMIT if AWAITS_QUORUM.replace(false) => {
+            // SAFETY: a variable of this process, the end of the commit record just written.
+            hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastCommitEnd }));
+        }
+        XactEvent::XACT_EVENT_PREPARE if AWAITS_QUORUM.replace(false) => {
+            // SAFETY: likewise, of the record that prepares.
+            hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastRecEnd }));
+        }
+        XactEvent::XACT_EVENT_ABORT => AWAITS_QUORUM.set(false),
         _ => {}
     }
 }
 
 fn before_commit() {
     // SAFETY: variables of this process, and a function that looks at the transaction's state.
-    let (has_xid, is_session) = unsafe {
+    let (has_xid, wrote_wal, is_session) = unsafe {
         let xid = pg_sys::GetTopTransactionIdIfAny();
         let kind = pg_sys::MyBackendType;
-        let session = kind == BackendType::B_BACKEND || kind == BackendType::B_BG_WORKER;
-        (xid != pg_sys::InvalidTransactionId, session)
+        let internal =
+            kind == BackendType::B_AUTOVAC_WORKER || kind == BackendType::B_AUTOVAC_LAUNCHER;
+        let wrote_wal = pg_sys::XactLastRecEnd != 0;
+        (xid != pg_sys::InvalidTransactionId, wrote_wal, !internal)
     };
     if !has_xid || !is_session {
         return;
     }
     raise_synchronous_commit();
+    // One that wrote to temporary or unlogged tables only does not wait.
+    AWAITS_QUORUM.set(wrote_wal && waits_for_quorum());
+}
+
+fn waits_for_quorum() -> bool {
     // SAFETY: a variable of this process.
     let current = unsafe { pg_sys::synchronous_commit };
-    AWAITS_QUORUM.set(current >= SyncCommitLevel::SYNCHRONOUS_COMMIT_REMOTE_WRITE as i32);
+    current >= SyncCommitLevel::SYNCHRONOUS_COMMIT_REMOTE_WRITE as i32
 }
 
 /// To the least allowed, until the transaction ends.
@@ -151,14 +177,32 @@ fn raise_synchronous_commit() {
     }
 }
 
-fn after_commit() {
-    // SAFETY: a variable of this process, the end of the commit record just written.
-    let commit_end = Lsn(unsafe { pg_sys::XactLastCommitEnd });
-    if shmem::commit_lsn() < commit_end {
-        shmem::count_cancelled_wait();
-        postgres::log(format!(
-            "wait for the safekeepers' quorum was cancelled: the transaction that ends at {commit_end} is \
-             committed here, and may be lost if this server is"
-        ));
+/// Until the quorum has the WAL below `end_lsn`, or the session is told to stop waiting.
+fn hold_acknowledgement(end_lsn: Lsn) {
+    while !shmem::await_commit_for(end_lsn, LOOK_AT_CANCEL_MS) {
+        // SAFETY: flags that signal handlers of this process set, and where its answers go. The
+        // interrupts are looked at as `SyncRepWaitForLSN` does: what is committed can't be undone.
+        let ends = unsafe {
+            if pg_sys::ProcDiePending != 0 {
+                pg_sys::whereToSendOutput = pg_sys::CommandDest::DestNone;
+            }
+            let cancelled = pg_sys::QueryCancelPending != 0;
+            pg_sys::QueryCancelPending = 0;
+            cancelled || pg_sys::ProcDiePending != 0
+        };
+        if ends {
+            shmem::count_cancelled_wait();
+            postgres::warning(
+                format!(
+                    "canceling wait for the safekeepers' quorum: the transaction that ends at {end_lsn} is \
+                     committed here, and may be lost if this server is"
+                ),
+                "",
+            );
+            return;
+        }
     }
 }
+
+/// A cancel is noticed within this time.
+const LOOK_AT_CANCEL_MS: u64 = 100;

@@ -31,7 +31,7 @@ impl Feed {
 
     /// When a donor will be asked again after a failure, if one is needed.
     pub fn next_attempt_ms(&self) -> u64 {
-        if self.error.is_empty() {
+        if self.error.is_empty() || self.donor.is_some() {
             u64::MAX
         } else {
             self.pause_until_ms

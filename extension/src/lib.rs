@@ -72,6 +72,14 @@ pub extern "C-unwind" fn _PG_init() {
             "Set walproposer.safekeepers to a list of host:port, or take walproposer out of shared_preload_libraries.",
         );
     }
+    // SAFETY: variables of this process.
+    if !unsafe { pg_sys::IsPostmasterEnvironment } || unsafe { pg_sys::IsBinaryUpgrade } {
+        // A single user, or pg_upgrade: no background worker can run, so no commit may wait for it.
+        return postgres::warning(
+            "WAL is not pushed to the safekeepers in single-user mode and while upgrading",
+            "",
+        );
+    }
     settings::check_configuration();
     shmem::register();
     commit::register();

@@ -26,9 +26,20 @@ pub type ClientAuthentication_hook_type =
 unsafe extern "C-unwind" {
     pub static mut ClientAuthentication_hook: ClientAuthentication_hook_type;
 
-    // pgrx wraps these two; as signal handlers they must be the bare functions.
+    // pgrx wraps these; here the bare functions are needed. The last one, so that an ERROR in a
+    // command passes as it is.
     pub fn SignalHandlerForShutdownRequest(signal: c_int);
     pub fn SignalHandlerForConfigReload(signal: c_int);
+    pub fn standard_ProcessUtility(
+        statement: *mut pg_sys::PlannedStmt,
+        text: *const c_char,
+        read_only_tree: bool,
+        context: pg_sys::ProcessUtilityContext::Type,
+        params: pg_sys::ParamListInfo,
+        environment: *mut pg_sys::QueryEnvironment,
+        destination: *mut pg_sys::DestReceiver,
+        completion: *mut pg_sys::QueryCompletion,
+    );
 }
 
 /// The fields of a client's connection up to the last one that we look at. (`libpq/libpq-be.h`)
@@ -48,7 +59,8 @@ pub struct Port {
     can_accept_connections: c_int,
     database_name: *mut c_char,
     user_name: *mut c_char,
-    cmdline_options: *mut c_char,
+    /// Of the startup packet's `options`; null if it had none.
+    pub cmdline_options: *mut c_char,
     guc_options: *mut pg_sys::List,
     /// As in the startup packet; null if it had none.
     pub application_name: *mut c_char,
@@ -188,6 +200,45 @@ pub fn pin_setting(name: &CStr, value: &str) {
             pg_sys::GucSource::PGC_S_OVERRIDE,
         );
     }
+}
+
+/// Names of the settings that are set, but that no library has declared.
+#[cfg(feature = "pg15")]
+pub fn placeholder_settings() -> Vec<String> {
+    // SAFETY: an array of as many pointers to settings, each with a name that ends with a zero
+    // byte; Postgres changes it when a setting is declared, which does not happen here.
+    unsafe {
+        let count = usize::try_from(pg_sys::GetNumConfigOptions()).unwrap_or(0);
+        let settings = std::slice::from_raw_parts(pg_sys::get_guc_variables(), count);
+        placeholders_among(settings)
+    }
+}
+
+/// Names of the settings that are set, but that no library has declared.
+#[cfg(not(feature = "pg15"))]
+pub fn placeholder_settings() -> Vec<String> {
+    // SAFETY: a palloc'd array of as many pointers to settings, each with a name that ends with a
+    // zero byte.
+    unsafe {
+        let mut count: c_int = 0;
+        let settings = pg_sys::get_guc_variables(&mut count);
+        placeholders_among(std::slice::from_raw_parts(
+            settings,
+            usize::try_from(count).unwrap_or(0),
+        ))
+    }
+}
+
+/// # Safety
+/// Each points to a setting.
+unsafe fn placeholders_among(settings: &[*mut pg_sys::config_generic]) -> Vec<String> {
+    let name = |&setting: &*mut pg_sys::config_generic| {
+        // SAFETY: by the caller.
+        let (flags, name) = unsafe { ((*setting).flags, CStr::from_ptr((*setting).name)) };
+        let placeholder = flags.cast_unsigned() & pg_sys::GUC_CUSTOM_PLACEHOLDER != 0;
+        placeholder.then(|| name.to_string_lossy().into_owned())
+    };
+    settings.iter().filter_map(name).collect()
 }
 
 /// The data directory, as an absolute path.

@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 use pgrx::{PgSqlErrorCode, pg_sys};
 use safekeeper_protocol::{
-    ClusterIdentity, LocalLog, PeerAddress, Proposer, ProposerAction, ProposerGreeting,
+    ClusterIdentity, LocalLog, PeerAddress, PeerIdx, Proposer, ProposerAction, ProposerGreeting,
     ProposerSettings, Standing, Term, Tli,
 };
 use safekeeper_wal::{PgVersion, SegmentSize, WalFormat, canonical_end};
@@ -213,10 +213,11 @@ impl Pusher {
             return 0;
         }
         let dials = self.members.iter().map(|member| member.peer.next_dial_ms());
-        let feeds = self
-            .members
-            .iter()
-            .map(|member| member.feed.next_attempt_ms());
+        let in_need = |(at, member): &(usize, &Member)| {
+            self.proposer.next_lsn(PeerIdx(*at)).is_some() && member.peer.can_take_append()
+        };
+        let feeds = self.members.iter().enumerate().filter(in_need);
+        let feeds = feeds.map(|(_, member)| member.feed.next_attempt_ms());
         let next_ms = dials.chain(feeds).fold(self.next_tick_ms(), u64::min);
         next_ms.saturating_sub(self.now_ms())
     }

@@ -180,8 +180,23 @@ pub fn define() {
         GucContext::Sighup,
         GucFlags::empty(),
     );
+    refuse_unknown_settings();
     // SAFETY: the prefix ends with a zero byte; all settings under it have been declared.
     unsafe { pg_sys::MarkGUCPrefixReserved(c"walproposer".as_ptr()) };
+}
+
+/// Postgres would only warn of `walproposer.safekeeper`, start, and commit without a quorum.
+fn refuse_unknown_settings() {
+    if let Some(name) = postgres::placeholder_settings()
+        .into_iter()
+        .find(|name| name.starts_with("walproposer."))
+    {
+        postgres::fatal(
+            PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR,
+            format!("unrecognized configuration parameter \"{name}\""),
+            "The settings of walproposer are listed in its README.",
+        );
+    }
 }
 
 fn define_text(
@@ -324,7 +339,7 @@ pub fn check_configuration() {
             format!(
                 "commits would not wait for the safekeepers with synchronous_standby_names \"{names}\""
             ),
-            "Leave synchronous_standby_names empty, or let it require walproposer and every other name it lists.",
+            "Leave synchronous_standby_names empty: standbys that follow the safekeepers need not be named.",
         );
     }
     // A reload must not take away what was just found to be right.
@@ -346,25 +361,20 @@ fn refuse(text: String, hint: &str) -> ! {
     postgres::fatal(PgSqlErrorCode::ERRCODE_CONFIG_FILE_ERROR, text, hint)
 }
 
-/// Does every commit wait for the standby of our name? Only if all that are listed are required:
-/// otherwise another one can take its place while there is no quorum.
+/// Does every commit wait for the standby of our name, and for nothing else? Another name beside it
+/// could release a commit in our place: Postgres counts connections, and two of one name count as
+/// two.
 fn names_need_walproposer() -> bool {
-    // SAFETY: the parsed list of the current value, null if there is none; its names stand one
-    // after another, each with a zero byte at its end, `nmembers` of them.
+    // SAFETY: the parsed list of the current value, null if there is none; its first name
+    // stands at `member_names`, with a zero byte at its end.
     unsafe {
         let config = pg_sys::SyncRepConfig;
         if config.is_null() {
             return false;
         }
         let (required, listed): (c_int, c_int) = ((*config).num_sync, (*config).nmembers);
-        let mut name = (&raw const (*config).member_names).cast::<c_char>();
-        let (mut ours, mut any) = (false, false);
-        for _ in 0..listed {
-            let text = CStr::from_ptr(name);
-            ours |= text.to_bytes().eq_ignore_ascii_case(b"walproposer");
-            any |= text == c"*";
-            name = name.add(text.count_bytes() + 1);
-        }
-        ours && !any && required >= listed
+        let name = CStr::from_ptr((&raw const (*config).member_names).cast::<c_char>());
+        let ours = name.to_bytes().eq_ignore_ascii_case(b"walproposer");
+        listed == 1 && required == 1 && ours
     }
 }

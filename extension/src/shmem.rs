@@ -222,6 +222,12 @@ pub fn set_commit_lsn(lsn: Lsn) {
     }
 }
 
+/// Waits until `commit_lsn` has reached `lsn`, or `timeout_ms` are over; whether it has. Where
+/// interrupts are held, it can't be cancelled.
+pub fn await_commit_for(lsn: Lsn, timeout_ms: u64) -> bool {
+    commit_lsn() >= lsn || wait_for_commit(lsn, Some(timeout_ms))
+}
+
 /// Waits until `commit_lsn` has reached `lsn`, or `timeout_ms` are over; whether it has. Can be
 /// cancelled as any query.
 pub fn wait_for_commit(lsn: Lsn, timeout_ms: Option<u64>) -> bool {
@@ -290,6 +296,22 @@ pub fn publish(status: &Status) {
     with_status(pg_sys::LWLockMode::LW_EXCLUSIVE, |shared| {
         // SAFETY: the lock is held exclusively.
         unsafe { *shared = *status };
+    });
+}
+
+/// The worker is at its end: what it has published is no longer so.
+pub fn publish_stopped() {
+    with_status(pg_sys::LWLockMode::LW_EXCLUSIVE, |shared| {
+        // SAFETY: the lock is held exclusively.
+        let status = unsafe { &mut *shared };
+        status.state.set("stopped");
+        status.members_active = 0;
+        for peer in &mut status.peers {
+            peer.state.set("disconnected");
+        }
+        status
+            .last_error
+            .set("the worker has ended and is started again: the server's log tells why");
     });
 }
 

@@ -16,7 +16,7 @@
 //!
 //! A slot that is left behind would hang the next shutdown, so it is given back on every way out.
 
-use std::ffi::{CStr, c_int};
+use std::ffi::{CStr, c_char, c_int};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
@@ -27,6 +27,7 @@ use crate::shmem;
 
 /// The name under which commits wait for us.
 pub const APPLICATION_NAME: &CStr = c"walproposer";
+const NAME: &str = "walproposer";
 
 /// What the slot shows and commits wait for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -228,19 +229,23 @@ unsafe extern "C-unwind" fn on_authentication(port: *mut Port, status: c_int) {
     if status != postgres::STATUS_OK || !unsafe { pg_sys::am_walsender } || !shmem::is_there() {
         return;
     }
-    // SAFETY: Postgres hands over its own port; the name is null or a C string.
+    // SAFETY: Postgres hands over its own port; both texts are null or C strings.
     let impostor = unsafe {
-        let name = (*port).application_name;
-        !name.is_null()
-            && CStr::from_ptr(name)
-                .to_bytes()
-                .eq_ignore_ascii_case(APPLICATION_NAME.to_bytes())
+        let text = |text: *const c_char| match text.is_null() {
+            true => String::new(),
+            false => CStr::from_ptr(text).to_string_lossy().to_lowercase(),
+        };
+        text((*port).application_name) == NAME
+            // Set there it comes into force later than the other. What a role or a session sets
+            // after this is met by `commit.rs`.
+            || text((*port).cmdline_options).contains("application_name")
     };
     if impostor {
         postgres::fatal(
             PgSqlErrorCode::ERRCODE_RESERVED_NAME,
-            "application_name \"walproposer\" is reserved for pushing WAL to the safekeepers",
-            "Connect with another application_name, or to a safekeeper.",
+            "application_name \"walproposer\" is reserved for pushing WAL to the safekeepers, and a WAL sender's \
+             application_name cannot be set by options",
+            "Connect with another application_name, given as such, or to a safekeeper.",
         );
     }
     // SAFETY: a variable of this process, and a callback that lives as long as the process.

@@ -18,7 +18,7 @@
 //! It ends with status 1, whereupon the postmaster starts it again after a second, unless it is
 //! shutting down. The new one stands for election again; commits wait meanwhile.
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_int};
 use std::time::{Duration, Instant};
 
 use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
@@ -68,6 +68,8 @@ fn copy_name(field: &mut [c_char], name: &CStr) {
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
     prepare_process();
+    // SAFETY: a callback that lives as long as the process.
+    unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::null()) };
     let settings = settings();
     let Some(wal_sender) = take_wal_sender_slot() else {
         end();
@@ -106,6 +108,12 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
         };
         readable = wait_set.wait(&pusher.sockets(), pusher.idle_ms().min(limit));
     }
+}
+
+/// The views must not go on telling of a reign that nobody exercises.
+#[pg_guard]
+unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
+    shmem::publish_stopped();
 }
 
 fn prepare_process() {
