@@ -23,12 +23,12 @@ use safekeeper::control_file::{ControlFile, read_state};
 use safekeeper::disk::Disk;
 use safekeeper::dump::dump;
 use safekeeper::identity::Identity;
-use safekeeper::keeper::{Keeper, Retention};
+use safekeeper::keeper::{Keeper, PushError, Retention};
 use safekeeper::metrics::Metrics;
 use safekeeper::verify::verify;
 use safekeeper::wal_reader::ReadError;
 use safekeeper::wal_storage::{OpenError, TruncateError, WalStorage, WriteError};
-use safekeeper_protocol::{Incarnation, Lsn, MemberId, Term, TimelineFile, Tli};
+use safekeeper_protocol::*;
 use safekeeper_wal::synthetic::WalBuilder;
 
 /// A small generator, so that a failing run can be repeated (xorshift64*).
@@ -614,6 +614,71 @@ fn a_full_disk_refuses_wal_and_loses_nothing() {
     more.noop(900_000);
     storage.write(Tli(1), end, more.bytes_from(end)).unwrap();
     assert_eq!(storage.flush().unwrap(), more.position());
+}
+
+#[test]
+fn an_election_for_whose_history_file_there_is_no_room_can_be_repeated() {
+    let mut dir = LogDir::new();
+    let mut wal = wal_from(START);
+    wal.noop(10_000);
+    dir.hold(&wal);
+    let end = wal.position();
+    let version = ConfigurationVersion {
+        term: Term(1),
+        generation: 1,
+    };
+    let identity = Identity {
+        id: MemberId(1),
+        incarnation: Incarnation(5),
+    };
+    dir.state.term = Term(2);
+    dir.state.configuration = Configuration {
+        lineage: Lineage(1),
+        version,
+        members: vec![Member {
+            id: identity.id,
+            incarnation: identity.incarnation,
+            host: "localhost".into(),
+            port: 5454,
+        }],
+        new_members: None,
+    };
+    dir.persist();
+    let (disk, faults) = FaultDisk::new(dir.temp.path());
+    let metrics = |_: &ClusterIdentity| Metrics::default().of_cluster("main");
+    let keeper = Keeper::open(disk, identity, log::SYSTEM_ID, metrics).unwrap();
+    let elected = ProposerMessage::Elected(Elected {
+        configuration_version: version,
+        term: Term(2),
+        history: history(&[(1, START), (2, end)]),
+        start_lsn: end,
+        timeline_files: vec![TimelineFile {
+            tli: Tli(2),
+            content: format!("1\t{end}\tx\n").into_bytes(),
+        }],
+    });
+    let session = Session {
+        id: 1,
+        proposer_id: ProposerId(7),
+    };
+    let elect = || {
+        let mut turn = keeper.take_turn();
+        let address = ([127, 0, 0, 1], 1).into();
+        turn.handle(session, address, &elected, 0, &mut Vec::new())
+    };
+    faults.set_full(true);
+    for _ in 0..2 {
+        let refused = elect();
+        assert!(matches!(refused, Err(PushError::NoSpace(_))), "{refused:?}");
+        assert_eq!(keeper.view().state.history, dir.state.history);
+    }
+    faults.set_full(false);
+    elect().unwrap();
+    assert_eq!(
+        keeper.view().state.history,
+        history(&[(1, START), (2, end)])
+    );
+    assert_eq!(keeper.status().flush_lsn.0, end);
 }
 
 #[test]

@@ -158,11 +158,15 @@ impl<'a> Turn<'a> {
             }
             AcceptorAction::Truncate { tli, end_lsn } => return self.truncate(tli, end_lsn),
             AcceptorAction::ReplaceTimelineFiles(files) => {
-                self.held
-                    .storage
-                    .replace_timeline_files(&files)
-                    .unwrap_or_else(|error| stop_on(&error));
-                self.publish_view();
+                match self.held.storage.replace_timeline_files(&files) {
+                    Ok(()) => self.publish_view(),
+                    // Some may be in place, as after a crash, and the history is not persisted.
+                    Err(error) if error.is_no_space() => {
+                        self.begin_again();
+                        return Err(PushError::NoSpace(error));
+                    }
+                    Err(error) => stop_on(&error),
+                }
             }
             AcceptorAction::Commit(commit_lsn) => {
                 self.keeper.commit_lsn.advance(commit_lsn.0);
