@@ -34,6 +34,9 @@ use crate::logging::LogFormat;
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:5454";
 pub const DEFAULT_HTTP: &str = "127.0.0.1:7676";
 
+/// Tools give their first command at once; who needs longer than a minute only takes a place.
+const FIRST_COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// A setting that can't be used; the text names it.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -65,6 +68,9 @@ pub struct Config {
     pub log_format: LogFormat,
     #[serde(deserialize_with = "level")]
     pub log_level: LevelFilter,
+    /// For a connection to give its first command. Not a setting, except for tests.
+    #[serde(skip)]
+    pub first_command_timeout: Duration,
 }
 
 impl Default for Config {
@@ -79,6 +85,7 @@ impl Default for Config {
             wal_sender_timeout: Some(Duration::from_secs(60)),
             log_format: LogFormat::Text,
             log_level: LevelFilter::Info,
+            first_command_timeout: FIRST_COMMAND_TIMEOUT,
         }
     }
 }

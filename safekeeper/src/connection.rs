@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Between commands a peer may be silent for as long as it likes, as with a primary; TCP notices
-//! when its host is gone. Inside a message it may not: one that has begun must arrive within a
+//! when its host is gone. Before its first command it may not: it has shown nothing yet. Inside a message it may not: one that has begun must arrive within a
 //! minute. So no peer holds a thread for nothing.
 //!
 //! SCRAM will stand where AuthenticationOk is sent now; until then only those who can reach the
@@ -59,6 +59,8 @@ pub struct Connection {
     pub clock: Clock,
     pub startup: Startup,
     pub shared: Arc<Shared>,
+    /// It has given a command since the handshake.
+    has_spoken: bool,
     id: u64,
     peer: SocketAddr,
 }
@@ -73,6 +75,7 @@ impl Connection {
             clock: shared.clock,
             startup: Startup::default(),
             shared,
+            has_spoken: false,
             id,
             peer,
         }
@@ -143,6 +146,10 @@ impl Connection {
         };
         self.startup = startup;
         self.greet()?;
+        let patience = self.shared.config.first_command_timeout;
+        self.socket.set_read_timeout(Some(patience))?;
+        self.wait_for_frame(COMMAND_LEN_MAX)?;
+        self.has_spoken = true;
         self.socket.set_read_timeout(Some(STALL_TIMEOUT))?;
         self.run_commands()
     }
@@ -308,6 +315,12 @@ impl Connection {
                     return Err(ConnectionError::Fatal(ErrorReport::new(
                         "08006",
                         "the rest of a message did not arrive in time",
+                    )));
+                }
+                Filled::Nothing if !self.has_spoken => {
+                    return Err(ConnectionError::Fatal(ErrorReport::new(
+                        "57P05",
+                        "terminating connection due to idle-session timeout",
                     )));
                 }
                 Filled::Nothing => {}

@@ -509,6 +509,17 @@ fn a_half_handshake_is_given_up() {
 }
 
 #[test]
+fn who_gives_no_command_is_sent_away_and_who_gave_one_may_stay() {
+    let patience = Duration::from_secs(1);
+    let daemon = Daemon::with(|config| config.first_command_timeout = patience);
+    let mut user = Client::connect(daemon.address(), &[]).expect("connected");
+    assert_eq!(user.query(""), Ok(vec![]));
+    let mut silent = Client::connect(daemon.address(), &[]).expect("connected");
+    assert_eq!(silent.last_words().expect("last words").sqlstate, "57P05");
+    assert_eq!(user.query(""), Ok(vec![]));
+}
+
+#[test]
 fn encryption_is_declined_and_later_protocols_are_negotiated() {
     let daemon = Daemon::start();
     let mut client = Client::raw(daemon.address());
