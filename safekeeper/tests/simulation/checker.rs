@@ -10,6 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::ops::Bound;
 
 use safekeeper_protocol::{Lsn, Run, Term, TermHistory};
 
@@ -144,8 +145,8 @@ impl Checker {
                     begin: base,
                     bytes: log.to_vec(),
                 };
+                self.committed_wal_is_never_lost(term, &log);
                 self.leaders.insert(term, Leader { proposer, log });
-                self.committed_wal_is_never_lost();
             }
             Event::Committed {
                 proposer,
@@ -157,8 +158,8 @@ impl Checker {
                 let end = base + log.len() as u64;
                 commit_never_goes_back(&format!("proposer {proposer}"), before, end);
                 self.one_proposer_per_term(proposer, term);
-                self.commit(term, base, log);
-                self.committed_wal_is_never_lost();
+                let new = before.max(base);
+                self.commit(term, new, &log[(new - base) as usize..]);
             }
             Event::Holds {
                 whose,
@@ -222,22 +223,28 @@ impl Checker {
         (bytes.len() as u64 == end.saturating_distance_from(begin)).then_some(bytes)
     }
 
-    fn commit(&mut self, term: Term, base: Lsn, log: &[u8]) {
+    /// `bytes` at `begin` are committed in `term`, as what is below has been.
+    fn commit(&mut self, term: Term, begin: Lsn, bytes: &[u8]) {
         if self.committed.bytes.is_empty() {
-            self.committed.begin = base;
+            self.committed.begin = begin;
         }
-        if let Some(lsn) = self.committed.first_difference(base, log) {
+        if let Some(lsn) = self.committed.first_difference(begin, bytes) {
             panic!("committed_wal_is_never_lost: term {term} commits other bytes at {lsn}");
         }
-        let end = base + log.len() as u64;
-        let known = self.committed.end();
+        let (end, known) = (begin + bytes.len() as u64, self.committed.end());
         if end > known {
-            self.committed
-                .bytes
-                .extend_from_slice(&log[(known - base) as usize..]);
+            let new = &bytes[(known - begin) as usize..];
+            self.committed.bytes.extend_from_slice(new);
         }
         let reached = self.commits.entry(term).or_default();
         *reached = end.max(*reached);
+        // By answers that were on their way, something can be committed after a later reign began.
+        for (later, leader) in self
+            .leaders
+            .range((Bound::Excluded(term), Bound::Unbounded))
+        {
+            begins_with_committed(*later, &leader.log, begin, bytes);
+        }
     }
 
     // ---- the invariants -------------------------------------------------------------------
@@ -253,26 +260,12 @@ impl Checker {
         }
     }
 
-    /// Every reign begins with all that was committed in the terms before it, whether it was
-    /// committed before that reign began or, by answers that were still on their way, after.
-    fn committed_wal_is_never_lost(&self) {
-        let mut committed = Lsn::INVALID;
-        let mut commits = self.commits.iter().peekable();
-        for (term, leader) in &self.leaders {
-            while let Some((_, lsn)) = commits.next_if(|(committed_in, _)| *committed_in < term) {
-                committed = committed.max(*lsn);
-            }
-            if committed == Lsn::INVALID {
-                continue;
-            }
-            let log = &leader.log;
+    /// Every reign begins with all that was committed in the terms before it.
+    fn committed_wal_is_never_lost(&self, term: Term, log: &Stretch) {
+        let earlier = self.commits.range(..term).map(|(_, lsn)| *lsn);
+        if let Some(committed) = earlier.max() {
             let bytes = self.committed.part(log.begin, committed);
-            assert!(
-                committed <= log.end() && log.first_difference(log.begin, bytes).is_none(),
-                "committed_wal_is_never_lost: {committed} was committed before term {term}, whose \
-                 log ends at {} or differs",
-                log.end()
-            );
+            begins_with_committed(term, log, log.begin.max(self.committed.begin), bytes);
         }
     }
 
@@ -343,6 +336,17 @@ impl Checker {
             panic!("consumer_sees_only_committed: safekeeper {node} sent another byte at {lsn}");
         }
     }
+}
+
+/// The other half of `committed_wal_is_never_lost`: these bytes are in the log.
+fn begins_with_committed(term: Term, log: &Stretch, begin: Lsn, bytes: &[u8]) {
+    let end = begin + bytes.len() as u64;
+    assert!(
+        end <= log.end() && log.first_difference(begin, bytes).is_none(),
+        "committed_wal_is_never_lost: {end} was committed before term {term}, whose log ends at {} \
+         or differs",
+        log.end()
+    );
 }
 
 /// In a running process commit_lsn only grows.
