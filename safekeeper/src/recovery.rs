@@ -35,6 +35,7 @@
 
 use std::collections::BTreeSet;
 
+use safekeeper_protocol::mutation::{Mutation, is_on};
 use safekeeper_protocol::{AcceptorState, Lsn};
 use safekeeper_wal::page::{LONG_HEADER_SIZE, PageHeader, page_header_size};
 use safekeeper_wal::{
@@ -386,7 +387,9 @@ pub fn cut(log: &LogReader<'_>, begin: Lsn, end: Lsn) -> Result<(), StorageError
         segments.disk().sync_dir(segments.dir())?;
     }
     // Of older timelines' files for this segment the tail is zero since their end.
-    if let Some(id) = log.reader().find(last)? {
+    if let Some(id) = log.reader().find(last)?
+        && !is_on(Mutation::TailNotZeroed)
+    {
         segments.zero_tail(id, end.segment_offset(size))?;
     }
     Ok(())

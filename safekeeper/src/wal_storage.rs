@@ -45,6 +45,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use safekeeper_protocol::mutation::{Mutation, is_on};
 use safekeeper_protocol::{AcceptorState, ClusterIdentity, Lsn, TimelineFile, Tli};
 use safekeeper_wal::{SegNo, TimelineHistory, WalDecoder, WalError, WalFormat};
 
@@ -138,7 +139,7 @@ impl WalStorage {
         let recovered = log.recover(state)?;
         let (begin, end) = (recovered.begin, recovered.decoder.position());
         recovery::cut(&log, begin, end)?;
-        if begin.is_valid() {
+        if begin.is_valid() && !is_on(Mutation::FailedSyncBelieved) {
             recovery::write_again(&log, begin.max(state.commit_lsn), end)?;
         }
         timelines.cut(end);
@@ -192,7 +193,9 @@ impl WalStorage {
         self.make_room(tli, last_byte).map_err(refuse_if_no_space)?;
         let before = (self.decoder.record_end(), self.decoder.last_record());
         let mut cleaned = Vec::new();
-        if let Err(error) = self.decoder.feed(bytes) {
+        if let Err(error) = self.decoder.feed(bytes)
+            && !is_on(Mutation::DamagedWalTaken)
+        {
             self.step_back(before, begin_lsn)?;
             if !matches!(error, WalError::Padding { .. }) {
                 return Err(WriteError::Damaged(error));
@@ -223,13 +226,17 @@ impl WalStorage {
             return Err(error);
         }
         for file in self.unsynced.drain(..) {
-            file.sync_data()?;
+            sync_wal(file.as_ref())?;
         }
         if let Some(current) = self.current.as_mut().filter(|current| current.dirty) {
-            current.file.sync_data()?;
+            sync_wal(current.file.as_ref())?;
             current.dirty = false;
         }
-        self.flush_lsn = self.decoder.record_end();
+        self.flush_lsn = if is_on(Mutation::FlushLsnInsideRecord) {
+            self.decoder.position()
+        } else {
+            self.decoder.record_end()
+        };
         Ok(self.flush_lsn)
     }
 
@@ -561,6 +568,16 @@ impl Drop for WalStorage {
             // A panic of the thread has been reported where it happened.
             let _ = thread.join();
         }
+    }
+}
+
+fn sync_wal(file: &dyn DiskFile) -> Result<(), StorageError> {
+    if is_on(Mutation::AnswerBeforeFsync) {
+        return Ok(());
+    }
+    match file.sync_data() {
+        Err(_) if is_on(Mutation::FsyncErrorIgnored) => Ok(()),
+        synced => synced,
     }
 }
 

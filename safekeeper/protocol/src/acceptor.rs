@@ -20,6 +20,7 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::mutation::{Mutation, is_on};
 use crate::{
     AcceptorAction, AcceptorGreeting, AcceptorMessage, Append, AppendResponse, ClusterIdentity,
     Configuration, ConfigurationVersion, Configure, ConfigureResponse, Elected, Incarnation, Log,
@@ -305,7 +306,9 @@ impl Acceptor {
             && request.configuration_version >= self.state.configuration.version;
         if granted {
             self.enter_term(request.term);
-            out.push(self.persist());
+            if !is_on(Mutation::VoteNotDurable) {
+                out.push(self.persist());
+            }
         }
         out.push(AcceptorAction::Send(AcceptorMessage::VoteResponse(
             VoteResponse {
@@ -360,6 +363,10 @@ impl Acceptor {
         } = self.start_of(elected, first.start_lsn)?;
         if elected.term > self.state.term {
             self.enter_term(elected.term);
+            out.push(self.persist());
+        }
+        if is_on(Mutation::HistoryBeforeTruncation) {
+            self.state.history = elected.history.clone();
             out.push(self.persist());
         }
         if let Some(end_lsn) = discard_from.filter(|&begin| begin != start_lsn) {
@@ -440,7 +447,7 @@ impl Acceptor {
         // A proposer that lost its reign may still be sending. Its bytes must not touch the log,
         // however harmless they look: with our vote we told the new proposer where our log ends.
         // The answer carries our term, and that is all the old one needs to stop. (Raft §5.1)
-        if append.term < self.state.term
+        if append.term < self.state.term && !is_on(Mutation::StaleAppendAccepted)
             || append.configuration_version < self.state.configuration.version
         {
             out.push(self.append_response());
@@ -450,8 +457,16 @@ impl Acceptor {
             return Err(Refusal::Malformed("WAL of impossible length or position"));
         };
         let reign = match &mut self.reign {
-            Some(reign) if reign.session_id == session.id && append.term == self.state.term => {
+            Some(reign)
+                if reign.session_id == session.id
+                    && (append.term == self.state.term || is_on(Mutation::StaleAppendAccepted)) =>
+            {
                 reign
+            }
+            _ if is_on(Mutation::CommitWithoutElected) && append.len == 0 => {
+                self.commit_lsn = self.commit_lsn.max(append.commit_lsn.min(self.flush_lsn));
+                out.push(AcceptorAction::Commit(self.commit_lsn));
+                return Ok(());
             }
             _ => return Err(Refusal::NotElectedHere { term: append.term }),
         };
@@ -598,7 +613,9 @@ impl Acceptor {
     fn enter_term(&mut self, term: Term) {
         if term > self.state.term {
             self.state.term = term;
-            self.reign = None;
+            if !is_on(Mutation::StaleAppendAccepted) {
+                self.reign = None;
+            }
             self.heard = None;
         }
     }
@@ -617,9 +634,13 @@ impl Acceptor {
     }
 
     fn append_response(&self) -> AcceptorAction {
+        let term = match self.state.history.last() {
+            Some(last) if is_on(Mutation::StaleAppendAccepted) && self.reign.is_some() => last.term,
+            _ => self.state.term,
+        };
         AcceptorAction::Send(AcceptorMessage::AppendResponse(AppendResponse {
             configuration_version: self.state.configuration.version,
-            term: self.state.term,
+            term,
             write_lsn: if self.unflushed {
                 self.flush_lsn
             } else {
@@ -643,6 +664,7 @@ impl Acceptor {
         let ours = &self.state.configuration;
         match ours.member(self.id, self.incarnation) {
             Some(_) if ours.version != ConfigurationVersion::NONE => Ok(()),
+            _ if is_on(Mutation::WipedMemberVotes) => Ok(()),
             _ => Err(self.not_a_member(ours)),
         }
     }

@@ -26,6 +26,7 @@
 use alloc::vec::Vec;
 use core::fmt;
 
+use crate::mutation::{Mutation, is_on};
 use crate::{Configuration, Log, Lsn, TermHistory, TimelineFile, Tli, common_end};
 
 /// The proposer's own log, as Postgres's data directory holds it.
@@ -132,6 +133,9 @@ pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u
     }
     let outranks = ours.rank() >= donor.rank();
     if outranks && (local.unled_from.is_none() || donor_is_prefix) {
+        if is_on(Mutation::LocalHistoryNotClipped) {
+            return Verdict::Lead(claim(&local.history, ours.end_lsn));
+        }
         return Verdict::Lead(claim(&ours.history, ours.end_lsn));
     }
     if donor_is_prefix {

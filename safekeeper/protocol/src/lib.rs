@@ -31,6 +31,8 @@ pub mod codec;
 pub mod election;
 pub mod lsn;
 pub mod message;
+#[doc(hidden)]
+pub mod mutation;
 pub mod proposer;
 pub mod quorum;
 pub mod term;

@@ -28,6 +28,7 @@
 use alloc::string::String;
 use alloc::vec::Vec;
 
+use crate::mutation::{Mutation, is_on};
 use crate::{
     Configuration, ConfigurationVersion, Incarnation, Lsn, Member, MemberId, Term, TermHistory, Tli,
 };
@@ -96,7 +97,8 @@ impl AcceptorGreeting {
 
     /// It comes from this member, in this incarnation.
     pub fn is_of(&self, member: &Member) -> bool {
-        self.member_id == member.id && self.incarnation == member.incarnation
+        self.member_id == member.id
+            && (self.incarnation == member.incarnation || is_on(Mutation::WipedMemberVotes))
     }
 }
 

@@ -30,6 +30,7 @@ use core::fmt;
 
 use crate::codec::MESSAGE_LEN_MAX;
 use crate::election::{Claim, Divergence, LocalLog, Standing, Verdict, decide};
+use crate::mutation::{Mutation, is_on};
 use crate::{
     AcceptorGreeting, AcceptorMessage, Append, AppendResponse, ClusterIdentity, Configuration,
     ConfigurationVersion, Configure, ConfigureResponse, Elected, Incarnation, Lineage, Log, Lsn,
@@ -755,7 +756,9 @@ impl Proposer {
         let granted = response.granted && response.term == term;
         // What the greeting said of it is older.
         if let Some(greeting) = &mut link.greeting {
-            greeting.term = response.term;
+            if !is_on(Mutation::DonorRankedByTerm) {
+                greeting.term = response.term;
+            }
             greeting.history = response.history.clone();
             greeting.flush_lsn = response.flush_lsn;
         }
@@ -787,7 +790,8 @@ impl Proposer {
         if !self.configuration.has_quorum(voted) {
             return;
         }
-        let Some(&(donor, log)) = votes.iter().max_by_key(|(_, log)| log.rank()) else {
+        let rank = |vote: &&(PeerIdx, &Log)| self.rank(vote.0, vote.1);
+        let Some(&(donor, log)) = votes.iter().max_by_key(rank) else {
             return;
         };
         let (claim, missing) = match self.decide(log) {
@@ -817,6 +821,17 @@ impl Proposer {
     }
 
     /// The connected members that granted this candidacy's vote, with their logs.
+    /// By what the donor is chosen: the term of the log's last byte, then its end.
+    fn rank(&self, peer: PeerIdx, log: &Log) -> (Term, Lsn) {
+        let greeting = self.links[peer.0]
+            .as_ref()
+            .and_then(|link| link.greeting.as_ref());
+        match greeting {
+            Some(greeting) if is_on(Mutation::DonorRankedByTerm) => (greeting.term, log.end_lsn),
+            _ => log.rank(),
+        }
+    }
+
     fn votes(&self) -> Vec<(PeerIdx, &Log)> {
         self.member_links()
             .filter_map(|(peer, link)| Some((peer, link.vote.as_ref()?)))
@@ -1090,7 +1105,8 @@ impl Proposer {
         let reached = self
             .configuration
             .quorum_lsn(|member| self.flushed(member.id, member.incarnation));
-        if reached >= self.term_start_lsn() && reached > self.commit_lsn {
+        let own = reached >= self.term_start_lsn() || is_on(Mutation::CommitWithoutTermStart);
+        if own && reached > self.commit_lsn {
             self.commit_lsn = reached;
             out.push(ProposerAction::Commit(reached));
         }

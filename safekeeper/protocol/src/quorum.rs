@@ -12,6 +12,7 @@ use alloc::vec::Vec;
 use core::cmp::Ordering;
 use core::fmt;
 
+use crate::mutation::{Mutation, is_on};
 use crate::{Lsn, Term};
 
 /// An operator's number for a safekeeper, given at `safekeeper init --id`. Not 0.
@@ -87,6 +88,9 @@ impl ConfigurationVersion {
 impl Ord for ConfigurationVersion {
     fn cmp(&self, other: &ConfigurationVersion) -> Ordering {
         let rank = |version: &ConfigurationVersion| {
+            if is_on(Mutation::ConfigurationByGeneration) {
+                return (true, Term::NONE, version.generation);
+            }
             let confirmed = version.generation != ConfigurationVersion::PROVISIONAL;
             (confirmed, version.term, version.generation)
         };
@@ -151,9 +155,10 @@ impl Configuration {
 
     /// The member of either set with this id and incarnation.
     pub fn member(&self, id: MemberId, incarnation: Incarnation) -> Option<&Member> {
-        self.sets()
-            .flatten()
-            .find(|member| member.id == id && member.incarnation == incarnation)
+        self.sets().flatten().find(|member| {
+            member.id == id
+                && (member.incarnation == incarnation || is_on(Mutation::WipedMemberVotes))
+        })
     }
 
     /// Every member once, those of the old set first.
@@ -191,17 +196,20 @@ impl Configuration {
     /// The highest position that a majority of each set has reached, where `flush_lsn` is what
     /// counts for a member: [`Lsn::INVALID`] for one that has not taken this term's Elected.
     pub fn quorum_lsn(&self, flush_lsn: impl Fn(&Member) -> Lsn) -> Lsn {
-        self.sets()
-            .map(|set| {
-                let mut reached: Vec<Lsn> = set.iter().map(&flush_lsn).collect();
-                reached.sort_unstable_by(|a, b| b.cmp(a));
-                reached
-                    .get(majority(set.len()) - 1)
-                    .copied()
-                    .unwrap_or(Lsn::INVALID)
-            })
-            .min()
-            .unwrap_or(Lsn::INVALID)
+        let reached_by = self.sets().map(|set| {
+            let mut reached: Vec<Lsn> = set.iter().map(&flush_lsn).collect();
+            reached.sort_unstable_by(|a, b| b.cmp(a));
+            reached
+                .get(majority(set.len()) - 1)
+                .copied()
+                .unwrap_or(Lsn::INVALID)
+        });
+        let reached = if is_on(Mutation::CommitInOneSet) {
+            reached_by.max()
+        } else {
+            reached_by.min()
+        };
+        reached.unwrap_or(Lsn::INVALID)
     }
 
     /// Members whose agreement decides, in the larger set if there are two.
@@ -271,6 +279,9 @@ impl fmt::Display for ConfigurationDefect {
 
 /// More than half of `n`.
 pub fn majority(n: usize) -> usize {
+    if is_on(Mutation::QuorumOfHalf) {
+        return (n / 2).max(1);
+    }
     n / 2 + 1
 }
 

@@ -17,6 +17,7 @@
 
 use std::ops::Range;
 
+use safekeeper_protocol::mutation::{Mutation, is_on};
 use safekeeper_protocol::{
     Configuration, LocalLog, LocalWal, Lsn, PeerAddress, Proposer, ProposerId, ProposerSettings,
     Standing, TermHistory, Tli,
@@ -149,11 +150,17 @@ impl DataDir {
         self.flush_lsn = self.end();
     }
 
-    fn local_log(&self) -> LocalLog {
+    fn local_log(&self, standing: Standing) -> LocalLog {
+        let history = if is_on(Mutation::NoLocalHistory) {
+            TermHistory::default()
+        } else {
+            self.history.history.clone()
+        };
+        let by_flush = standing == Standing::Running && is_on(Mutation::WorkerStandsByFlushLsn);
         LocalLog {
-            history: self.history.history.clone(),
+            history,
             tli: Tli(1),
-            end_lsn: self.end(),
+            end_lsn: if by_flush { self.flush_lsn } else { self.end() },
             unled_from: self.history.unled_from,
             timeline_files: Vec::new(),
             configuration: self.history.configuration.clone(),
@@ -178,9 +185,21 @@ impl Postgres {
 
     /// Starts the postmaster: the election before recovery begins.
     pub fn start(&mut self, id: u64, settings: Settings, random: &mut Random, now_ms: u64) {
-        self.data.find_end();
-        self.process =
-            Some(self.new_process(id, settings, Standing::BeforeRecovery, random, now_ms));
+        let last_record = self.data.find_end();
+        let skips =
+            is_on(Mutation::ElectionBeforeRecoverySkipped) && !self.data.history.history.is_empty();
+        let standing = if skips {
+            Standing::Running
+        } else {
+            Standing::BeforeRecovery
+        };
+        let mut process = self.new_process(id, settings, standing, random, now_ms);
+        process.wal = skips.then(|| builder(self.data.end(), last_record));
+        self.process = Some(process);
+        if skips {
+            self.insert(80);
+            self.restart_worker(id, settings, random, now_ms);
+        }
     }
 
     /// Starts it against all advice without a quorum: its WAL is marked as unled.
@@ -238,7 +257,7 @@ impl Postgres {
             member_timeout_ms: settings.member_timeout_ms,
             seed: random.next(),
         };
-        let local = self.data.local_log();
+        let local = self.data.local_log(standing);
         Process {
             id,
             proposer: Proposer::new(proposer_settings, local, standing, now_ms),

@@ -268,11 +268,14 @@ impl Cluster {
     pub fn housekeep(&mut self, idx: NodeIdx) {
         let oldest = |node: &Node| node.keeper().map(|keeper| keeper.status().oldest_lsn.0);
         let before = oldest(&self.nodes[idx]);
-        let died = matches!(self.nodes[idx].housekeep(self.wal_keep_size), Outcome::Died);
-        if died && self.nodes[idx].disk.has_crashed() {
-            self.node_died(idx);
-        } else if oldest(&self.nodes[idx]) > before && before.is_some() {
-            self.tally.add(Mark::SegmentsRemoved);
+        if self.nodes[idx].is_up() {
+            match self.nodes[idx].housekeep(self.wal_keep_size) {
+                Outcome::Died => self.node_died(idx),
+                Outcome::Done(()) if oldest(&self.nodes[idx]) > before && before.is_some() => {
+                    self.tally.add(Mark::SegmentsRemoved);
+                }
+                Outcome::Done(()) => {}
+            }
         }
         let in_ms = self.random.range(500..1500);
         self.at(in_ms, Event::Housekeep { node: idx });

@@ -1,0 +1,110 @@
+//! Rules broken on purpose, one at a time, to see whether the tests would notice.
+//!
+//! A test that has never failed proves little. Each [`Mutation`] takes one rule away at the place
+//! where it is kept, and the simulation, the model or the scenarios must then find what it was for;
+//! `docs/testing.md` has the table of who did, and how soon.
+//!
+//! Without the feature `mutations`, [`is_on`] is the constant `false` and nothing of this is in the
+//! program. With it there is one switch for the whole process.
+
+/// A rule that can be taken away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Mutation {
+    /// Half of the members are a quorum.
+    QuorumOfHalf = 1,
+    /// WAL of older terms is committed by counting.
+    CommitWithoutTermStart,
+    /// The donor is who had the highest term, whatever the term of its log.
+    DonorRankedByTerm,
+    /// At Elected the new history is persisted first, and the log cut then.
+    HistoryBeforeTruncation,
+    /// A vote is answered and not persisted.
+    VoteNotDurable,
+    /// A vote does not end the older proposer's reign here.
+    StaleAppendAccepted,
+    /// WAL is acknowledged when it is written.
+    AnswerBeforeFsync,
+    /// A failed fsync of WAL is taken for a success.
+    FsyncErrorIgnored,
+    /// What lies behind the end of a cut log stays there.
+    TailNotZeroed,
+    /// A safekeeper is known by its id alone, so that a wiped one is taken for the old.
+    WipedMemberVotes,
+    /// flush_lsn is what was written, not the end of a record.
+    FlushLsnInsideRecord,
+    /// In a joint configuration one of the two sets commits.
+    CommitInOneSet,
+    /// The local history goes on beyond the end of the local log.
+    LocalHistoryNotClipped,
+    /// The proposer has no memory of its former reigns.
+    NoLocalHistory,
+    /// The server starts without having won a term.
+    ElectionBeforeRecoverySkipped,
+    /// The worker that is started again stands with what is flushed, not with what is inserted.
+    WorkerStandsByFlushLsn,
+    /// commit_lsn is taken from a proposer whose Elected was not.
+    CommitWithoutElected,
+    /// Of two configurations the one with the higher generation is newer, whatever its term.
+    ConfigurationByGeneration,
+    /// What recovery reads is taken for durable, though the last process may have failed to sync.
+    FailedSyncBelieved,
+    /// WAL is not decoded before it is written.
+    DamagedWalTaken,
+}
+
+impl Mutation {
+    pub const ALL: [Mutation; 20] = [
+        Mutation::QuorumOfHalf,
+        Mutation::CommitWithoutTermStart,
+        Mutation::DonorRankedByTerm,
+        Mutation::HistoryBeforeTruncation,
+        Mutation::VoteNotDurable,
+        Mutation::StaleAppendAccepted,
+        Mutation::AnswerBeforeFsync,
+        Mutation::FsyncErrorIgnored,
+        Mutation::TailNotZeroed,
+        Mutation::WipedMemberVotes,
+        Mutation::FlushLsnInsideRecord,
+        Mutation::CommitInOneSet,
+        Mutation::LocalHistoryNotClipped,
+        Mutation::NoLocalHistory,
+        Mutation::ElectionBeforeRecoverySkipped,
+        Mutation::WorkerStandsByFlushLsn,
+        Mutation::CommitWithoutElected,
+        Mutation::ConfigurationByGeneration,
+        Mutation::FailedSyncBelieved,
+        Mutation::DamagedWalTaken,
+    ];
+}
+
+#[cfg(feature = "mutations")]
+mod switch {
+    use core::sync::atomic::{AtomicU8, Ordering};
+
+    use super::Mutation;
+
+    static ON: AtomicU8 = AtomicU8::new(0);
+
+    /// Takes this rule away, for the whole process, and gives all others back.
+    pub fn switch_on(mutation: Option<Mutation>) {
+        ON.store(
+            mutation.map_or(0, |mutation| mutation as u8),
+            Ordering::Relaxed,
+        );
+    }
+
+    pub fn is_on(mutation: Mutation) -> bool {
+        ON.load(Ordering::Relaxed) == mutation as u8
+    }
+}
+
+#[cfg(feature = "mutations")]
+pub use switch::{is_on, switch_on};
+
+/// Is this rule taken away?
+#[cfg(not(feature = "mutations"))]
+#[inline(always)]
+pub const fn is_on(_: Mutation) -> bool {
+    false
+}
