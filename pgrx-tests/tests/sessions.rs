@@ -114,15 +114,15 @@ fn sql_on_a_replication_connection_waits_too() {
 #[test]
 fn a_standby_cannot_pass_for_the_quorum() {
     let cluster = Cluster::start();
-    for conninfo in [
-        "application_name=walproposer",
-        "application_name=WalProposer",
-        "options='-c application_name=walproposer'",
+    for (dir, conninfo) in [
+        ("plain", "application_name=walproposer"),
+        ("mixed_case", "application_name=WalProposer"),
+        ("options", "options='-c application_name=walproposer'"),
     ] {
         let mut command = cluster.primary.program("pg_receivewal");
         command
             .args(["--no-loop", "--synchronous", "-d", conninfo, "--directory"])
-            .arg(cluster.dir.create("refused"));
+            .arg(cluster.dir.create(dir));
         let (ok, text) = process::run(command);
         assert!(!ok && text.contains("reserved"), "{conninfo}: {text}");
     }
