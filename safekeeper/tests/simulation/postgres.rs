@@ -75,6 +75,8 @@ pub struct Process {
     /// Recovery is over: WAL is inserted.
     pub wal: Option<WalBuilder>,
     pub next_tick_ms: u64,
+    /// The judge knows what was inserted below.
+    pub told_lsn: Lsn,
     /// What this proposer has called committed.
     pub commit_lsn: Lsn,
     /// Something is being read from a donor.
@@ -266,6 +268,7 @@ impl Postgres {
             append_len_max: [500, 5000, 100_000, 1 << 20][random.below(4) as usize],
             wal: None,
             next_tick_ms: u64::MAX,
+            told_lsn: Lsn::INVALID,
             commit_lsn: Lsn::INVALID,
             reading: None,
         }

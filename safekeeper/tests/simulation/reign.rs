@@ -176,20 +176,12 @@ impl Cluster {
             self.tally.add(Mark::ExtraWal);
         }
         let process = self.servers[idx].process.as_ref().expect("it leads");
-        let whose = format!("server {idx}");
-        let (begin, bytes) = (data.base, data.wal.as_slice());
-        let history = process.proposer.history();
-        self.checker.observe(&Fact::Holds {
-            whose: &whose,
-            history,
-            begin,
-            bytes,
-        });
+        let base = data.base;
         self.checker.observe(&Fact::Led {
             proposer: process.id,
             term,
-            base: begin,
-            log: data.bytes(begin, start_lsn),
+            base,
+            log: data.bytes(base, start_lsn),
         });
         if process.wal.is_none() {
             let mut random = self.random.fork();
@@ -355,9 +347,31 @@ impl Cluster {
 
     /// Sends WAL to whoever takes it.
     pub fn pump(&mut self, idx: ServerIdx) {
+        self.tell_inserted(idx);
         for peer in 0..self.settings.n_nodes {
             while self.push_one(idx, peer) {}
         }
+    }
+
+    /// What was inserted in this reign is WAL of its term, sent or not: a safekeeper may hold the
+    /// zeros behind a switch record before they come, since its segments are zeroed.
+    fn tell_inserted(&mut self, idx: ServerIdx) {
+        let server = &mut self.servers[idx];
+        let end = server.data.end();
+        let Some(process) = server.process.as_mut() else {
+            return;
+        };
+        if !process.proposer.is_leading() || end <= process.told_lsn {
+            return;
+        }
+        let begin = process.told_lsn.max(server.data.base);
+        process.told_lsn = end;
+        self.checker.observe(&Fact::Holds {
+            whose: &format!("server {idx}"),
+            history: process.proposer.history(),
+            begin,
+            bytes: server.data.bytes(begin, end),
+        });
     }
 
     pub fn push_one(&mut self, idx: ServerIdx, peer: usize) -> bool {
@@ -386,17 +400,6 @@ impl Cluster {
         };
         let end = append.begin_lsn + u64::from(append.len);
         let bytes = self.servers[idx].data.bytes(append.begin_lsn, end).to_vec();
-        let process = self.servers[idx].process.as_ref().expect("looked up above");
-        if append.len > 0 {
-            let whose = format!("server {idx}");
-            let (history, begin) = (process.proposer.history(), append.begin_lsn);
-            self.checker.observe(&Fact::Holds {
-                whose: &whose,
-                history,
-                begin,
-                bytes: &bytes,
-            });
-        }
         self.send(idx, peer, &ProposerMessage::Append(append), &bytes);
         append.len > 0
     }
