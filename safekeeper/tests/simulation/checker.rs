@@ -14,6 +14,7 @@ use std::ops::Bound;
 
 use safekeeper_protocol::{Lsn, Run, Term, TermHistory};
 
+use super::SEGMENT_SIZE;
 use super::disk::Holds;
 
 /// Something happened that an invariant speaks of.
@@ -306,6 +307,15 @@ impl Checker {
                     written.bytes.splice(0..0, missing.iter().copied());
                     written.begin = from;
                 }
+            }
+            // A safekeeper that was cut off in the padding behind a switch record finds the rest of
+            // it when it recovers: its segments were zeroed. It goes on at the next segment, and
+            // nobody need have sent those zeros.
+            let is_padding = from.segment_offset(SEGMENT_SIZE) == 0
+                && from.saturating_distance_from(written.end()) < u64::from(SEGMENT_SIZE);
+            if is_padding && from > written.end() {
+                let len = (from - written.begin) as usize;
+                written.bytes.resize(len, 0);
             }
             let known = written.end();
             if from <= known && run_end > known {
