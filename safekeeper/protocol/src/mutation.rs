@@ -2,7 +2,7 @@
 //!
 //! A test that has never failed proves little. Each [`Mutation`] takes one rule away at the place
 //! where it is kept, and the simulation, the model or the scenarios must then find what it was for;
-//! `docs/testing.md` has the table of who did, and how soon.
+//! `docs/testing.md` tells how to see who does, and how soon.
 //!
 //! Without the feature `mutations`, [`is_on`] is the constant `false` and nothing of this is in the
 //! program. With it there is one switch for the whole process.
