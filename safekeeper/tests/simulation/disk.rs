@@ -6,7 +6,7 @@
 //!
 //! | at a power cut             | becomes                                                        |
 //! |----------------------------|----------------------------------------------------------------|
-//! | a dirty sector             | old, new, or torn: new up to some byte and old behind it       |
+//! | a dirty sector             | old, new, or torn: new up to some word, and old behind it      |
 //! | a length not synced by `sync_all` | old or new                                              |
 //! | operations on names, not synced by `sync_dir` | some of the first of them, in order         |
 //! | everything else            | what was synced                                                |
@@ -35,8 +35,13 @@ use safekeeper::disk::{DiskFile, Result, StorageError};
 use super::random::Random;
 use disk_io::SimulatedFile;
 
-/// Smallest unit that a device writes as a whole, if it keeps its word.
+/// Unit that a device writes as a whole, if it keeps its word.
 const SECTOR: usize = 512;
+/// Unit that is never torn. Disks check a sector when they read it: they give it old, new, or not
+/// at all. Memory that lasts promises whole words, and the kernel copies no less. Tearing a sector
+/// between two words is more than has been seen; tearing a word, and with it the length of a
+/// record, is what nothing could be built upon.
+const WORD: usize = 8;
 
 /// How often each fault strikes, in a thousand operations of its kind.
 #[derive(Clone, Copy, Debug, Default)]
@@ -177,7 +182,7 @@ impl FileContents {
             }
             if random.chance(20) {
                 struck.sectors_torn += 1;
-                end = begin + random.below((end - begin) as u64) as usize;
+                end = begin + random.below((end - begin) as u64) as usize / WORD * WORD;
             } else if !random.chance(survival) {
                 struck.sectors_lost += 1;
                 continue;

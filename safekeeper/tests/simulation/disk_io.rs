@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use safekeeper::disk::{Disk, DiskFile, FileId, Result};
 
-use super::{Contents, FileContents, NameChange, SECTOR, SimulatedDisk, crash, failure};
+use super::{Contents, FileContents, NameChange, SECTOR, SimulatedDisk, WORD, crash, failure};
 
 impl Disk for SimulatedDisk {
     fn create(&self, path: &Path) -> Result<Box<dyn DiskFile>> {
@@ -218,7 +218,11 @@ impl DiskFile for SimulatedFile {
             let bytes = match alive {
                 Ok(()) => bytes,
                 // A part of it may have got there.
-                Err(_) => &bytes[..contents.random.below(bytes.len() as u64 + 1) as usize],
+                Err(_) => {
+                    let len = contents.random.below(bytes.len() as u64 + 1);
+                    let end = (offset + len) / WORD as u64 * WORD as u64;
+                    &bytes[..end.saturating_sub(offset) as usize]
+                }
             };
             let permille = contents.rates.write_error;
             contents.strike("write", &self.path, permille)?;
