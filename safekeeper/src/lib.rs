@@ -14,6 +14,7 @@ mod timeline_files;
 pub mod verify;
 pub mod wal_reader;
 pub mod wal_storage;
+mod write_order;
 
 // Leaves: what others are told, and how.
 pub mod config;

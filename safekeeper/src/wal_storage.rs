@@ -12,7 +12,8 @@
 //!
 //! Writing only continues at `write_lsn`, and only with bytes the decoder has accepted: page
 //! headers, the chain of records, checksums. The hot path is `pwrite` and `fdatasync`: segments
-//! have been made ahead (prepare.rs), so no size, block or name changes.
+//! have been made ahead (prepare.rs), so no size, block or name changes. What has no checksum is
+//! synced before what follows it is written (write_order.rs).
 //!
 //! **Truncation** must never bring bytes back to life that were cut: a record of a dead reign is
 //! valid in itself, and could happen to fit to what is written in its place. So the tail is zeroed
@@ -41,6 +42,7 @@
 //!
 //! Terms and votes are unknown here: this file knows where to cut, not why.
 
+use std::borrow::Cow;
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -54,6 +56,7 @@ use crate::prepare::Preparation;
 use crate::recovery::{self, LogReader};
 use crate::segment::{SegmentDir, SegmentId, Timelines};
 use crate::timeline_files::TimelineFiles;
+use crate::write_order::decode_with_barriers;
 
 pub use crate::recovery::OpenError;
 pub use crate::segment::{UnsupportedCluster, wal_format};
@@ -192,25 +195,8 @@ impl WalStorage {
         let last_byte = begin_lsn + (bytes.len() as u64 - 1);
         self.make_room(tli, last_byte).map_err(refuse_if_no_space)?;
         let before = (self.decoder.record_end(), self.decoder.last_record());
-        let mut cleaned = Vec::new();
-        if let Err(error) = self.decoder.feed(bytes)
-            && !is_on(Mutation::DamagedWalTaken)
-        {
-            self.step_back(before, begin_lsn)?;
-            if !matches!(error, WalError::Padding { .. }) {
-                return Err(WriteError::Damaged(error));
-            }
-            // Behind a switch record a server that was killed leaves what its recycled file held;
-            // its own recovery takes no offence, and it will send the same for ever. Here the
-            // zeros that belong there are stored, on every safekeeper the same.
-            cleaned.extend_from_slice(bytes);
-            if let Err(error) = self.decoder.feed_and_clean(&mut cleaned) {
-                self.step_back(before, begin_lsn)?;
-                return Err(WriteError::Damaged(error));
-            }
-        }
-        let bytes = if cleaned.is_empty() { bytes } else { &cleaned };
-        match self.write_decoded(tli, begin_lsn, bytes) {
+        let (bytes, barriers) = self.decode(bytes)?;
+        match self.write_in_order(tli, begin_lsn, &bytes, &barriers) {
             Err(error) if error.is_no_space() => {
                 self.step_back(before, begin_lsn)?;
                 Err(WriteError::NoSpace(error))
@@ -219,12 +205,76 @@ impl WalStorage {
         }
     }
 
+    /// Takes `bytes` into the decoder, or nothing. Returns them as they are to be written, and the
+    /// barriers in them.
+    fn decode<'a>(&mut self, bytes: &'a [u8]) -> Result<(Cow<'a, [u8]>, Vec<Lsn>), WriteError> {
+        let before = (self.decoder.record_end(), self.decoder.last_record());
+        let begin_lsn = self.write_lsn();
+        let error = match self.decode_as_they_are(bytes) {
+            Ok(barriers) => return Ok((Cow::Borrowed(bytes), barriers)),
+            Err(error) => error,
+        };
+        self.step_back(before, begin_lsn)?;
+        if !matches!(error, WalError::Padding { .. }) {
+            return Err(WriteError::Damaged(error));
+        }
+        // Behind a switch record a server that was killed leaves what its recycled file held; its
+        // own recovery takes no offence, and it will send the same for ever. Here the zeros that
+        // belong there are stored, on every safekeeper the same.
+        let mut cleaned = bytes.to_vec();
+        let decoded = self.decoder.clone().feed_and_clean(&mut cleaned);
+        match decoded.and_then(|()| self.decode_as_they_are(&cleaned)) {
+            Ok(barriers) => Ok((Cow::Owned(cleaned), barriers)),
+            Err(error) => {
+                self.step_back(before, begin_lsn)?;
+                Err(WriteError::Damaged(error))
+            }
+        }
+    }
+
+    fn decode_as_they_are(&mut self, bytes: &[u8]) -> Result<Vec<Lsn>, WalError> {
+        let (format, begin) = (self.format, self.begin);
+        match decode_with_barriers(&mut self.decoder, &format, begin, bytes) {
+            (barriers, Err(_)) if is_on(Mutation::DamagedWalTaken) => Ok(barriers),
+            (barriers, decoded) => decoded.map(|()| barriers),
+        }
+    }
+
+    /// Writes `bytes`, and makes durable what is below a barrier before it writes what is above.
+    fn write_in_order(
+        &mut self,
+        tli: Tli,
+        begin_lsn: Lsn,
+        bytes: &[u8],
+        barriers: &[Lsn],
+    ) -> Result<(), StorageError> {
+        let (mut lsn, mut rest) = (begin_lsn, bytes);
+        for barrier in barriers {
+            let len = barrier.saturating_distance_from(lsn);
+            let (part, after) = rest.split_at(len as usize);
+            self.write_decoded(tli, lsn, part)?;
+            self.sync()?;
+            (lsn, rest) = (lsn + len, after);
+        }
+        self.write_decoded(tli, lsn, rest)
+    }
+
     /// Makes durable what was written, and returns the new `flush_lsn`. After an error nothing may
     /// be flushed again: the process must end.
     pub fn flush(&mut self) -> Result<Lsn, StorageError> {
         if let Some(error) = self.preparation.take_failure() {
             return Err(error);
         }
+        self.sync()?;
+        self.flush_lsn = if is_on(Mutation::FlushLsnInsideRecord) {
+            self.decoder.position()
+        } else {
+            self.decoder.record_end()
+        };
+        Ok(self.flush_lsn)
+    }
+
+    fn sync(&mut self) -> Result<(), StorageError> {
         for file in self.unsynced.drain(..) {
             sync_wal(file.as_ref())?;
         }
@@ -232,12 +282,7 @@ impl WalStorage {
             sync_wal(current.file.as_ref())?;
             current.dirty = false;
         }
-        self.flush_lsn = if is_on(Mutation::FlushLsnInsideRecord) {
-            self.decoder.position()
-        } else {
-            self.decoder.record_end()
-        };
-        Ok(self.flush_lsn)
+        Ok(())
     }
 
     /// Ends the log at `end_lsn`, from where it goes on on timeline `tli`: durably, with nothing
