@@ -171,15 +171,26 @@ impl SegmentDir {
 
     /// Makes all of a segment from `offset` on zero, and durable. A file that lacks its end gets
     /// it back.
+    ///
+    /// What a power cut leaves of it must be read as a log that ends at `offset`, or as the one
+    /// that was there, and not as one with holes: no checksum covers a record that was lost in a
+    /// crash of the server. So the word at `offset`, which holds the length of the next record or
+    /// the magic of its page, goes first and alone. Without it nothing behind is read any more.
     pub fn zero_tail(&self, id: SegmentId, offset: u32) -> Result<(), StorageError> {
         let file = self.open(id)?;
         let mut buffer = vec![0; CHUNK as usize];
         let mut at = offset;
+        let mut is_cut = false;
         while at < self.size() {
             let part = &mut buffer[..CHUNK.min(self.size() - at) as usize];
             let n_read = file.read_at(part, at.into())?;
             // Mostly it is zero already, and then it need not be written.
             if n_read < part.len() || part.iter().any(|&byte| byte != 0) {
+                if !is_cut {
+                    zero(file.as_ref(), offset, self.size().min(offset + WORD))?;
+                    file.sync_data()?;
+                    is_cut = true;
+                }
                 zero(file.as_ref(), at, at + part.len() as u32)?;
             }
             at += part.len() as u32;
@@ -227,6 +238,8 @@ impl SegmentDir {
 
 /// Enough for the disk to work in long strokes; no system call is worth less than that.
 const CHUNK: u32 = 256 << 10;
+/// What no device writes in part, be it disk or memory. Records and pages begin at a multiple.
+const WORD: u32 = 8;
 static ZEROS: [u8; CHUNK as usize] = [0; CHUNK as usize];
 
 fn zero(file: &dyn DiskFile, begin: u32, end: u32) -> Result<(), StorageError> {
