@@ -39,6 +39,9 @@ mod reign;
 mod safekeepers;
 #[path = "simulation/servers.rs"]
 mod servers;
+#[cfg(not(feature = "mutations"))]
+#[path = "simulation/storage_model.rs"]
+mod storage_model;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
