@@ -1,0 +1,199 @@
+//! The first configuration of a cluster, and which configuration to go by.
+//!
+//! It is written in two rounds, *provisional* on every listed safekeeper and then *confirmed* on
+//! every one, so that two servers with different lists that share a safekeeper can't both finish.
+
+use super::*;
+
+impl Proposer {
+    /// The highest version of our lineage: of the one we know, or else of the only one there is.
+    /// A provisional one that we know binds nobody but those who hold it.
+    pub(super) fn adopt_configuration(&mut self) -> Result<(), WaitReason> {
+        let known = !self.configuration.is_none() && !self.configuration.is_provisional();
+        let mut adopted = if known {
+            self.configuration.clone()
+        } else {
+            Configuration::default()
+        };
+        for greeting in self
+            .links
+            .iter()
+            .flatten()
+            .filter_map(|link| link.greeting.as_ref())
+        {
+            let theirs = &greeting.configuration;
+            if theirs.is_none() {
+                continue;
+            }
+            if !adopted.is_none() && theirs.lineage != adopted.lineage {
+                if known {
+                    continue;
+                }
+                return Err(WaitReason::Membership(format!(
+                    "safekeeper {} holds configuration {theirs}, another one holds {adopted}: they were \
+                     first configured by different servers; remove the stranger from the list",
+                    greeting.member_id
+                )));
+            }
+            if theirs.version > adopted.version {
+                adopted = theirs.clone();
+            }
+        }
+        self.configuration = adopted;
+        Ok(())
+    }
+
+    /// First use: every listed safekeeper, each once, and none bound to another list.
+    pub(super) fn first_configuration(&self) -> Result<Configuration, WaitReason> {
+        let mut members: Vec<Member> = Vec::new();
+        let mut missing = Vec::new();
+        let mut highest = Term::NONE;
+        for (address, link) in self.settings.peers.iter().zip(&self.links) {
+            let Some(greeting) = link.as_ref().and_then(|link| link.greeting.as_ref()) else {
+                missing.push(address.clone());
+                continue;
+            };
+            if let Some(twin) = members
+                .iter()
+                .find(|member| member.id == greeting.member_id)
+            {
+                return Err(WaitReason::Membership(format!(
+                    "{address} and {}:{} are both safekeeper {}: each needs an id of its own",
+                    twin.host, twin.port, twin.id
+                )));
+            }
+            highest = highest.max(greeting.term);
+            members.push(Member {
+                id: greeting.member_id,
+                incarnation: greeting.incarnation,
+                host: address.host.clone(),
+                port: address.port,
+            });
+        }
+        if !missing.is_empty() {
+            return Err(WaitReason::FirstUse { missing });
+        }
+        if members.len() > Configuration::MEMBERS_MAX {
+            return Err(WaitReason::Membership(format!(
+                "{} safekeepers are listed, at most {} are supported",
+                members.len(),
+                Configuration::MEMBERS_MAX
+            )));
+        }
+        let Some(term) = highest.next() else {
+            return Err(WaitReason::Membership(
+                "a safekeeper is at the end of terms".to_string(),
+            ));
+        };
+        let version = ConfigurationVersion {
+            term,
+            generation: ConfigurationVersion::PROVISIONAL,
+        };
+        let begun = self.configuration.is_provisional();
+        let ours = Configuration {
+            lineage: if begun {
+                self.configuration.lineage
+            } else {
+                self.lineage
+            },
+            version,
+            members,
+            new_members: None,
+        };
+        if begun && !ours.same_members(&self.configuration) {
+            return Err(WaitReason::Membership(format!(
+                "a first configuration {} was begun with other safekeepers than the list names: restore \
+                 the list, or make those safekeepers anew with `safekeeper init`",
+                self.configuration
+            )));
+        }
+        Ok(ours)
+    }
+
+    pub(super) fn configure_all(
+        &mut self,
+        configuration: Configuration,
+        now_ms: u64,
+        out: &mut Actions,
+    ) {
+        let term = configuration.version.term;
+        for peer in self.peer_indexes() {
+            self.send_configure(peer, term, &configuration, now_ms, out);
+        }
+        let deadline_ms = now_ms + self.settings.member_timeout_ms;
+        self.phase = Phase::Configuring {
+            term,
+            configuration,
+            deadline_ms,
+        };
+    }
+
+    pub(super) fn on_configure_response(
+        &mut self,
+        peer: PeerIdx,
+        response: &ConfigureResponse,
+        now_ms: u64,
+        out: &mut Actions,
+    ) {
+        let held = response.configuration.version;
+        if let Some(link) = &mut self.links[peer.0] {
+            link.configured = Some(held);
+            link.configure_due = false;
+            link.term = response.term;
+            if let Some(greeting) = &mut link.greeting {
+                greeting.term = response.term;
+                greeting.configuration = response.configuration.clone();
+            }
+        }
+        match &self.phase {
+            Phase::Leading => self.welcome(peer, now_ms, out),
+            Phase::Configuring {
+                term,
+                configuration,
+                ..
+            } => {
+                if response.term > *term || held > configuration.version {
+                    return self.pause(now_ms);
+                }
+                let (term, configuration) = (*term, configuration.clone());
+                self.advance_configuring(term, configuration, now_ms, out);
+            }
+            _ => {}
+        }
+    }
+
+    /// Provisional on every member, then confirmed on every member: two proposers with different
+    /// lists that share a safekeeper can't both get past the first step.
+    pub(super) fn advance_configuring(
+        &mut self,
+        term: Term,
+        configuration: Configuration,
+        now_ms: u64,
+        out: &mut Actions,
+    ) {
+        let on_all = self.links.iter().all(|link| {
+            link.as_ref()
+                .is_some_and(|link| link.configured == Some(configuration.version))
+        });
+        if !on_all {
+            return;
+        }
+        if configuration.is_provisional() {
+            let version = ConfigurationVersion {
+                term,
+                generation: 1,
+            };
+            self.configure_all(
+                Configuration {
+                    version,
+                    ..configuration
+                },
+                now_ms,
+                out,
+            );
+        } else {
+            self.configuration = configuration;
+            self.ask_for_votes(now_ms, out);
+        }
+    }
+}
