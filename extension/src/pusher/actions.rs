@@ -38,10 +38,12 @@ impl Pusher {
                 begin_lsn,
                 end_lsn,
             }),
-            // Only a proposer that stands before recovery may ask for it.
-            ProposerAction::Complete { .. } => postgres::error(
+            // Only a proposer that stands before recovery, or for a standby, may ask for them.
+            ProposerAction::Complete { .. }
+            | ProposerAction::Replay { .. }
+            | ProposerAction::Promote { .. } => postgres::error(
                 PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
-                "cannot complete the local WAL of a running server",
+                "cannot recover the WAL of a server that writes",
                 "",
             ),
             ProposerAction::PersistHistory {

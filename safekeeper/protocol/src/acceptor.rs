@@ -71,7 +71,7 @@ pub enum Refusal {
         ours: alloc::string::String,
         theirs: alloc::string::String,
     },
-    /// Vote, Elected or Append for a cluster nobody has configured here, or of which this
+    /// Vote or Elected for a cluster nobody has configured here; or a vote of one of which this
     /// safekeeper (by id and incarnation) is not a member.
     NotAMember {
         id: MemberId,
@@ -252,7 +252,9 @@ impl Acceptor {
         Ok(())
     }
 
-    /// Take a configuration if its version is higher than ours and its term is not lower.
+    /// Take a configuration if its version is higher than ours and its term is not lower. One that
+    /// does not name us makes us a learner, or tells that we are a member no more: we take WAL under
+    /// it, count for nothing and vote for nobody.
     ///
     /// A first configuration binds, even while it is provisional: one of another lineage is refused
     /// for good, because the proposer that wrote ours may have gone on to confirm it elsewhere.
@@ -266,9 +268,6 @@ impl Acceptor {
             return Err(Refusal::Malformed(
                 "a configuration without members, term or order",
             ));
-        }
-        if theirs.member(self.id, self.incarnation).is_none() {
-            return Err(self.not_a_member(theirs));
         }
         let ours = &self.state.configuration;
         let contradicts = !ours.is_none()
@@ -334,7 +333,9 @@ impl Acceptor {
         out: &mut Vec<AcceptorAction>,
     ) -> Handled {
         self.assert_flushed();
-        self.check_membership()?;
+        if self.state.configuration.is_none() {
+            return Err(self.not_a_member());
+        }
         if elected.term < self.state.term
             || elected.configuration_version < self.state.configuration.version
         {
@@ -652,11 +653,11 @@ impl Acceptor {
         }))
     }
 
-    fn not_a_member(&self, configuration: &Configuration) -> Refusal {
+    fn not_a_member(&self) -> Refusal {
         Refusal::NotAMember {
             id: self.id,
             incarnation: self.incarnation,
-            configuration: Box::new(configuration.clone()),
+            configuration: Box::new(self.state.configuration.clone()),
         }
     }
 
@@ -665,7 +666,7 @@ impl Acceptor {
         match ours.member(self.id, self.incarnation) {
             Some(_) if ours.version != ConfigurationVersion::NONE => Ok(()),
             _ if is_on(Mutation::WipedMemberVotes) => Ok(()),
-            _ => Err(self.not_a_member(ours)),
+            _ => Err(self.not_a_member()),
         }
     }
 

@@ -66,7 +66,8 @@ pub enum ProposerAction {
         end_lsn: Lsn,
     },
     /// Append `begin_lsn..end_lsn` of the donor's log to the local one and fsync it, then tell
-    /// [`Proposer::on_completed`](crate::Proposer::on_completed). Before recovery only.
+    /// [`Proposer::on_completed`](crate::Proposer::on_completed). Before recovery only. Stops at a
+    /// record's end if the donor fails.
     Complete {
         donor: PeerIdx,
         term: Term,
@@ -80,7 +81,14 @@ pub enum ProposerAction {
         history: TermHistory,
         configuration: Configuration,
     },
-    /// Won: WAL from `start_lsn` on is of this term.
+    /// Wait until the standby has replayed WAL up to `end_lsn`, where the quorum's log ends, and no
+    /// further; then tell [`Proposer::on_replayed`](crate::Proposer::on_replayed). A standby that
+    /// has replayed more must not be promoted: it holds what the quorum does not.
+    Replay { end_lsn: Lsn },
+    /// End recovery, with every timeline up to the one before `tli` taken; then tell
+    /// [`Proposer::on_promoted`](crate::Proposer::on_promoted).
+    Promote { tli: Tli, switch_lsn: Lsn },
+    /// Won: WAL from `start_lsn` on is of this term. Before recovery: the server may start.
     Lead { term: Term, start_lsn: Lsn },
     /// Commits up to here are on a quorum: release them, and tell the members.
     Commit(Lsn),

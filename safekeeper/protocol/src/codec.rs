@@ -12,7 +12,7 @@
 //!   Lsn, Term          8            bool          1, 0 or 1
 //!   Tli                4            string        2 length, bytes in UTF-8
 //!   ConfigurationVersion   12 = term 8, generation 4
-//!   TermHistory        4 count, then 20 each = term 8, tli 4, start_lsn 8
+//!   TermHistory        4 count, then 20 each = term 8, tli 4, start_lsn 8; newest tli 4
 //!   Member             8 id, 16 incarnation, string host, 2 port
 //!   set of members     2 count, then the members
 //!   Configuration      lineage 16, version, set, bool joint, set if joint
@@ -447,7 +447,12 @@ impl<'a> Input<'a> {
                 start_lsn: self.lsn()?,
             });
         }
-        TermHistory::new(entries).map_err(|_| DecodeError::Value("term history"))
+        let history = TermHistory::new(entries).map_err(|_| DecodeError::Value("term history"))?;
+        let newest_tli = Tli(self.u32()?);
+        if newest_tli < history.newest_tli() {
+            return Err(DecodeError::Value("newest timeline"));
+        }
+        Ok(history.with_newest_tli(newest_tli))
     }
 
     fn members(&mut self) -> Decoded<Vec<Member>> {
@@ -565,6 +570,7 @@ fn put_history(out: &mut Vec<u8>, history: &TermHistory) {
         put_u32(out, entry.tli.0);
         put_u64(out, entry.start_lsn.0);
     }
+    put_u32(out, history.newest_tli().0);
 }
 
 fn put_members(out: &mut Vec<u8>, members: &[Member]) {
@@ -685,7 +691,7 @@ mod tests {
                 "6501 000000000000000200000001 0000000000000003 \
                  00000002 0000000000000002 00000001 0000000000000100 \
                  0000000000000003 00000001 0000000000000200 \
-                 00000000000001f0 0001 00000002 00000003 310930",
+                 00000001 00000000000001f0 0001 00000002 00000003 310930",
             ),
             (
                 ProposerMessage::Append(Append {
@@ -724,7 +730,7 @@ mod tests {
                         new_members: None,
                         ..configuration()
                     },
-                    history: history(),
+                    history: history().with_newest_tli(Tli(4)),
                     flush_lsn: Lsn(0x210),
                     commit_lsn: Lsn(0x1F0),
                     rival_heard_ms: 5,
@@ -733,7 +739,7 @@ mod tests {
                  000000000000000000000000000000cd 000000000000000200000001 \
                  0001 0000000000000001 000000000000000000000000000000ab 0002736b 154e 00 \
                  00000002 0000000000000002 00000001 0000000000000100 \
-                 0000000000000003 00000001 0000000000000200 \
+                 0000000000000003 00000001 0000000000000200 00000004 \
                  0000000000000210 00000000000001f0 00000005",
             ),
             (
@@ -758,7 +764,7 @@ mod tests {
                     flush_lsn: Lsn(0x210),
                     commit_lsn: Lsn(0x1F0),
                 }),
-                "5601 000000000000000200000001 01 0000000000000003 00000000 \
+                "5601 000000000000000200000001 01 0000000000000003 00000000 00000000 \
                  0000000000000210 00000000000001f0",
             ),
             (

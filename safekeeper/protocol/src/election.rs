@@ -21,7 +21,12 @@
 //!
 //! WAL written without a term ("unled": by the override, or after a promotion by hand) confers no
 //! rank. Such a log counts only up to where the unled part begins, and leads only if the donor
-//! ends at or before that point and agrees below it (S4, S5).
+//! ends at or before that point and agrees below it (S4, S5). A server that was promoted by hand
+//! has no history at all, since that of a standby is void: it leads only if the donor ends just
+//! where it was promoted.
+//!
+//! A standby's log is never ranked. It holds what the quorum has told, if nobody else wrote to it:
+//! so it must be a prefix of the donor's, by position and by bytes (S8).
 
 use alloc::vec::Vec;
 use core::fmt;
@@ -55,6 +60,9 @@ pub struct LocalLog {
 pub enum Standing {
     /// In the postmaster, before crash recovery: WAL may yet be appended to `pg_wal`.
     BeforeRecovery,
+    /// A standby that is to be promoted: it receives what it lacks like any other, and writes
+    /// nothing yet.
+    Standby,
     /// The server writes; its log is what it is.
     Running,
 }
@@ -112,6 +120,9 @@ impl fmt::Display for Divergence {
 
 /// Decide between the local log and the donor's. `segment_size` is in bytes.
 pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u32) -> Verdict {
+    if standing == Standing::Standby {
+        return decide_for_standby(local, donor, segment_size);
+    }
     let end_lsn = local
         .unled_from
         .map_or(local.end_lsn, |unled| unled.min(local.end_lsn));
@@ -156,6 +167,33 @@ pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u
             claim,
         };
     }
+    let promoted_by_hand = local.history.is_empty() && local.unled_from == Some(donor.end_lsn);
+    if promoted_by_hand && !donor.is_empty() {
+        return Verdict::Lead(Claim {
+            history: donor.history.clone(),
+            start_lsn: donor.end_lsn,
+            compare: stretch(donor, Some(donor.end_lsn), segment_size),
+        });
+    }
+    refuse(local, donor, common)
+}
+
+/// Histories say nothing here, only positions and bytes.
+fn decide_for_standby(local: &LocalLog, donor: &Log, segment_size: u32) -> Verdict {
+    // Below the log's begin everything is on the timeline that the log began on, or older ones.
+    let tli = donor.history.tli_at(local.end_lsn);
+    let tli = tli.or(donor.history.first().map(|first| first.tli));
+    if local.end_lsn > donor.end_lsn || tli < Some(local.tli) {
+        return refuse(local, donor, None);
+    }
+    Verdict::Lead(Claim {
+        history: donor.history.clone(),
+        start_lsn: donor.end_lsn,
+        compare: stretch(donor, Some(local.end_lsn), segment_size),
+    })
+}
+
+fn refuse(local: &LocalLog, donor: &Log, common: Option<Lsn>) -> Verdict {
     Verdict::Refuse(Divergence {
         local: Log::new(&local.history, local.end_lsn),
         unled_from: local.unled_from,
@@ -164,16 +202,17 @@ pub fn decide(local: &LocalLog, standing: Standing, donor: &Log, segment_size: u
     })
 }
 
-/// The bytes to compare: the last ones below the common point, not reaching below the log's begin.
-/// They begin with a segment, where a reader of WAL finds its feet, unless segments are so large
-/// that this could double the work.
-fn stretch(ours: &Log, common: Option<Lsn>, segment_size: u32) -> Option<(Lsn, Lsn)> {
-    let (end, log_begin) = (common?, ours.runs().next()?.begin);
+/// The bytes to compare: the last ones below the common point, not reaching below the begin of
+/// `log`. They begin with a segment, where a reader of WAL finds its feet, unless segments are so
+/// large that this could double the work.
+fn stretch(log: &Log, common: Option<Lsn>, segment_size: u32) -> Option<(Lsn, Lsn)> {
+    let (end, log_begin) = (common?, log.runs().next()?.begin);
     let mut begin = Lsn(end.0.saturating_sub(COMPARE_LEN_MAX));
     if u64::from(segment_size) <= COMPARE_LEN_MAX {
         begin = begin.segment_start(segment_size);
     }
-    Some((begin.max(log_begin), end))
+    let begin = begin.max(log_begin);
+    (begin < end).then_some((begin, end))
 }
 
 #[cfg(test)]

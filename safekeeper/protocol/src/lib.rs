@@ -43,7 +43,8 @@ pub use election::{Claim, Divergence, LocalLog, Standing, Verdict, decide};
 pub use lsn::{InvalidLsn, Lsn};
 pub use message::*;
 pub use proposer::{
-    Compared, LocalWal, PeerAddress, PeerStatus, Proposer, ProposerSettings, WaitReason,
+    ChangeRefusal, Compared, Completed, LocalWal, PeerAddress, PeerStatus, Proposer,
+    ProposerSettings, WaitReason, WonTerm,
 };
 pub use quorum::{
     Configuration, ConfigurationDefect, ConfigurationVersion, Incarnation, Lineage, Member,

@@ -51,10 +51,12 @@ pub enum Mutation {
     FailedSyncBelieved,
     /// WAL is not decoded before it is written.
     DamagedWalTaken,
+    /// A standby is promoted when it has replayed up to the term's start, whoever holds the WAL.
+    PromotedBeforeCompletion,
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 20] = [
+    pub const ALL: [Mutation; 21] = [
         Mutation::QuorumOfHalf,
         Mutation::CommitWithoutTermStart,
         Mutation::DonorRankedByTerm,
@@ -75,6 +77,7 @@ impl Mutation {
         Mutation::ConfigurationByGeneration,
         Mutation::FailedSyncBelieved,
         Mutation::DamagedWalTaken,
+        Mutation::PromotedBeforeCompletion,
     ];
 }
 

@@ -1,12 +1,16 @@
 //! Postgres's half of the protocol: greet, win, stream.
 //!
 //! ```text
-//!                      ┌───────────────── higher term seen, or donor lost ◄──────────────┐
-//!                      ▼                                                                 │
-//!   Greeting ──► (Configuring) ──► Voting ──► Comparing ──► Completing ──► Persisting ───┤
-//!      ▲  │        first use                    bytes        local log      local        │
-//!      │  ▼                                   with donor   (before recovery) history     ▼
-//!    Waiting                Refused: bytes differ                                     Leading ──► Deposed
+//!                 first use                          bytes        bytes, then     local      before recovery
+//!                ┌► Configuring ─┐                 with donor    what is missing  history    a last look
+//!                │               ▼
+//!   Greeting ────┼─► Looking ──► Voting ──────────► Settling ───► Persisting ─────────────► Confirming
+//!      ▲  │      │    bytes                            │ standby                 │               │
+//!      │  ▼                                            ▼                         ▼               ▼
+//!    Waiting ◄── a passing reason              Promoting: majority,            Leading ◄─────────┘
+//!                                              replay, history, Postgres ────►   │
+//!    Refused: bytes differ                                                       ▼
+//!                                                                             Deposed
 //! ```
 //!
 //! It looks before it leaps: greetings alone, which disturb nobody, show whether this log can lead
@@ -24,6 +28,8 @@
 
 mod candidacy;
 mod first_use;
+mod membership;
+mod promotion;
 mod reign;
 mod status;
 
@@ -44,6 +50,11 @@ use crate::{
     common_end,
 };
 
+use candidacy::{Settling, Stretch};
+use membership::Change;
+use promotion::Promotion;
+
+pub use membership::ChangeRefusal;
 pub use status::PeerStatus;
 
 /// Where to dial a safekeeper.
@@ -90,6 +101,8 @@ pub enum WaitReason {
     Membership(String),
     /// The donor could not be read; tried again.
     Donor(String),
+    /// The timeline this server has begun, or would begin, is not free.
+    Timeline(String),
 }
 
 impl fmt::Display for WaitReason {
@@ -110,7 +123,7 @@ impl fmt::Display for WaitReason {
                 f,
                 "local WAL differs from the quorum's at {at} although both are of the same term"
             ),
-            WaitReason::Membership(what) => f.write_str(what),
+            WaitReason::Membership(what) | WaitReason::Timeline(what) => f.write_str(what),
             WaitReason::Donor(what) => write!(f, "could not read from the donor: {what}"),
         }
     }
@@ -128,6 +141,25 @@ pub enum Compared {
     Unavailable {
         reason: String,
     },
+}
+
+/// Outcome of appending the donor's WAL to the local log.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Completed {
+    /// The local log ends where the donor's does, fsynced.
+    Whole,
+    /// It ends with a record at `end_lsn`, fsynced: the connection broke, or the donor's term
+    /// moved on.
+    Partly { end_lsn: Lsn, reason: String },
+}
+
+/// A reign that the start of a server has won, for its worker. Valid for this start only, and
+/// once: handed over in memory, never in a file (S7).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WonTerm {
+    pub term: Term,
+    pub history: TermHistory,
+    pub configuration: Configuration,
 }
 
 /// How far the local WAL reaches.
@@ -162,22 +194,23 @@ enum Phase {
         configuration: Configuration,
         deadline_ms: u64,
     },
+    /// Comparing bytes with the best log that has greeted.
+    Looking {
+        stretch: Stretch,
+        since_ms: u64,
+    },
     Voting {
         deadline_ms: u64,
     },
-    /// Asks again, or another donor of the same log, at `retry_ms` if the donor failed.
-    Comparing {
-        claim: Claim,
-        missing: Option<(Lsn, Lsn)>,
-        donor: PeerIdx,
-        retry_ms: Option<u64>,
-    },
-    Completing {
-        claim: Claim,
-    },
+    Settling(Settling),
     Persisting {
         history: TermHistory,
     },
+    /// Before recovery: greeting a majority once more.
+    Confirming {
+        deadline_ms: u64,
+    },
+    Promoting(Promotion),
     Leading,
     /// Greets again at `until_ms`; or at the next greeting of a peer, if `eager`.
     Waiting {
@@ -216,6 +249,8 @@ struct Link {
 struct Stream {
     /// Elected was answered: the acceptor follows.
     following: bool,
+    /// Where Elected told it to go on.
+    start_lsn: Lsn,
     sent_lsn: Lsn,
     write_lsn: Lsn,
 }
@@ -230,9 +265,13 @@ pub struct Proposer {
     /// Of the candidacy or the reign; lower than everything seen while greeting.
     term: Term,
     configuration: Configuration,
+    change: Option<Change>,
     history: TermHistory,
     commit_lsn: Lsn,
     links: Vec<Option<Link>>,
+    /// What of the local log has been found equal to the quorum's.
+    compared: Option<Stretch>,
+    n_looks: usize,
     /// What members have acknowledged: kept over reconnects, for this term and incarnation only.
     acknowledged: BTreeMap<(MemberId, Incarnation), Lsn>,
     /// The local WAL's end on the local disk, as last told.
@@ -265,14 +304,51 @@ impl Proposer {
                 deadline_ms: now_ms + LOOK_AGAIN_MS,
             },
             term: Term::NONE,
+            change: None,
             history: TermHistory::default(),
             commit_lsn: Lsn::INVALID,
             links,
+            compared: None,
+            n_looks: 0,
             acknowledged: BTreeMap::new(),
             local_flush_lsn: Lsn::INVALID,
             wait_reason: None,
             random,
         }
+    }
+
+    /// Goes on with the reign that this start of the server has won before recovery. `local` is
+    /// the log as it stands now that the server writes.
+    pub fn elected(
+        settings: ProposerSettings,
+        local: LocalLog,
+        won: WonTerm,
+        now_ms: u64,
+        out: &mut Actions,
+    ) -> Proposer {
+        let mut proposer = Proposer::new(settings, local, Standing::Running, now_ms);
+        proposer.term = won.term;
+        proposer.history = won.history;
+        proposer.configuration = won.configuration;
+        proposer.remember_history();
+        proposer.lead(now_ms, out);
+        proposer
+    }
+
+    /// What [`Self::elected`] needs, once this proposer leads.
+    pub fn won_term(&self) -> Option<WonTerm> {
+        self.is_leading().then(|| WonTerm {
+            term: self.term,
+            history: self.history.clone(),
+            configuration: self.configuration.clone(),
+        })
+    }
+
+    /// One more safekeeper to dial: it may become a member. Returns its place.
+    pub fn add_peer(&mut self, address: PeerAddress) -> PeerIdx {
+        self.settings.peers.push(address);
+        self.links.push(None);
+        PeerIdx(self.links.len() - 1)
     }
 
     /// A connection to a peer is open and ready for messages.
@@ -317,7 +393,7 @@ impl Proposer {
                 self.on_vote_response(peer, response, now_ms, out);
             }
             AcceptorMessage::AppendResponse(response) => {
-                self.on_append_response(peer, response, out);
+                self.on_append_response(peer, response, now_ms, out);
             }
             // Answers to Read arrive on connections of their own, which the host drives.
             AcceptorMessage::ReadResponse(_) => {
@@ -338,23 +414,20 @@ impl Proposer {
             }
         }
         match self.phase {
-            Phase::Waiting { until_ms, .. } if now_ms >= until_ms => {
-                self.phase = Phase::Greeting {
-                    deadline_ms: now_ms + LOOK_AGAIN_MS,
-                };
-                self.greet_all(now_ms, out);
-            }
-            Phase::Voting { deadline_ms } | Phase::Configuring { deadline_ms, .. }
+            Phase::Waiting { until_ms, .. } if now_ms >= until_ms => self.greet_anew(now_ms, out),
+            Phase::Voting { deadline_ms }
+            | Phase::Configuring { deadline_ms, .. }
+            | Phase::Confirming { deadline_ms }
                 if now_ms >= deadline_ms =>
             {
                 self.pause(now_ms);
             }
             Phase::Greeting { deadline_ms } if now_ms >= deadline_ms => self.evaluate(now_ms, out),
-            Phase::Comparing {
+            Phase::Settling(Settling {
                 retry_ms: Some(retry_ms),
                 ..
-            } if now_ms >= retry_ms => {
-                self.compare_again(now_ms, out);
+            }) if now_ms >= retry_ms => {
+                self.settle_again(now_ms, out);
             }
             _ => {}
         }
@@ -368,11 +441,12 @@ impl Proposer {
             Phase::Waiting { until_ms, .. } => until_ms,
             Phase::Greeting { deadline_ms }
             | Phase::Voting { deadline_ms }
+            | Phase::Confirming { deadline_ms }
             | Phase::Configuring { deadline_ms, .. } => deadline_ms,
-            Phase::Comparing {
+            Phase::Settling(Settling {
                 retry_ms: Some(retry_ms),
                 ..
-            } => retry_ms,
+            }) => retry_ms,
             _ => u64::MAX,
         };
         let of_links = self.peer_indexes().filter_map(|peer| {
@@ -407,13 +481,20 @@ impl Proposer {
         self.member_links().any(|(member, _)| member == peer)
     }
 
-    /// Connected members, one link for each: two addresses may lead to one safekeeper, and it
-    /// must not count twice nor lead itself astray.
+    /// Connected members, one link for each.
     fn member_links(&self) -> impl Iterator<Item = (PeerIdx, &Link)> {
-        let id_of = |link: &Option<Link>| {
+        self.links_of(|greeting| self.is_member(greeting))
+    }
+
+    /// One link for each safekeeper that `counts`: two addresses may lead to one, and it must not
+    /// count twice nor lead itself astray.
+    fn links_of(
+        &self,
+        counts: impl Fn(&AcceptorGreeting) -> bool,
+    ) -> impl Iterator<Item = (PeerIdx, &Link)> {
+        let id_of = move |link: &Option<Link>| {
             let greeting = link.as_ref()?.greeting.as_ref()?;
-            self.is_member(greeting)
-                .then_some((greeting.member_id, greeting.incarnation))
+            counts(greeting).then_some((greeting.member_id, greeting.incarnation))
         };
         self.links
             .iter()
@@ -438,6 +519,13 @@ impl Proposer {
             let message = ProposerMessage::Greeting(greeting);
             out.push(ProposerAction::Send { to: peer, message });
         }
+    }
+
+    fn greet_anew(&mut self, now_ms: u64, out: &mut Actions) {
+        self.phase = Phase::Greeting {
+            deadline_ms: now_ms + LOOK_AGAIN_MS,
+        };
+        self.greet_all(now_ms, out);
     }
 
     /// Ask everybody anew. What was known is stale, and would be taken for news.
@@ -508,6 +596,12 @@ impl Proposer {
             eager: true,
         };
         self.tell(reason, out);
+    }
+
+    /// There is nothing to wait for.
+    fn refuse(&mut self, reason: WaitReason, now_ms: u64, out: &mut Actions) {
+        self.wait(reason, now_ms, out);
+        self.end_reign(Phase::Refused);
     }
 
     fn tell(&mut self, reason: WaitReason, out: &mut Actions) {

@@ -61,6 +61,11 @@ pub struct Member {
 impl Member {
     /// Longest `host`, in bytes: what DNS allows.
     pub const HOST_LEN_MAX: usize = 255;
+
+    /// The same safekeeper, with the same memory; its address may differ.
+    pub fn is_same(&self, other: &Member) -> bool {
+        self.id == other.id && self.incarnation == other.incarnation
+    }
 }
 
 /// Version of a configuration. The term is that of the proposer that wrote it: two proposers may
@@ -161,22 +166,19 @@ impl Configuration {
         })
     }
 
-    /// Every member once, those of the old set first.
+    /// Every member once, those of the old set first. While a wiped safekeeper is replaced by
+    /// itself, both its incarnations.
     pub fn all_members(&self) -> impl Iterator<Item = &Member> {
         let added = self.new_members.iter().flatten();
         self.members
             .iter()
-            .chain(added.filter(|new| !self.members.iter().any(|m| m.id == new.id)))
+            .chain(added.filter(|new| !self.members.iter().any(|m| m.is_same(new))))
     }
 
     /// Same safekeepers in the same sets; addresses and versions may differ.
     pub fn same_members(&self, other: &Configuration) -> bool {
         let same = |a: &[Member], b: &[Member]| {
-            a.len() == b.len()
-                && a.iter().all(|m| {
-                    b.iter()
-                        .any(|n| n.id == m.id && n.incarnation == m.incarnation)
-                })
+            a.len() == b.len() && a.iter().all(|m| b.iter().any(|n| m.is_same(n)))
         };
         same(&self.members, &other.members)
             && match (&self.new_members, &other.new_members) {

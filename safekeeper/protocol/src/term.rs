@@ -50,6 +50,13 @@ impl fmt::Debug for Term {
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tli(pub u32);
 
+impl Tli {
+    /// `None` after the last one.
+    pub fn next(self) -> Option<Tli> {
+        self.0.checked_add(1).map(Tli)
+    }
+}
+
 impl fmt::Display for Tli {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&self.0, f)
@@ -72,9 +79,14 @@ pub struct TermEntry {
 
 /// The reigns of one log, oldest first: terms grow strictly, start positions and timelines never
 /// fall. Every constructor keeps to that, so whoever holds a `TermHistory` may rely on it.
+///
+/// It also remembers the newest timeline of all reigns that ever were, those included that have
+/// left it since they owned no byte. A promotion picks a number above: two timelines of one number
+/// could not be told apart, least of all by `pg_rewind`, which takes them for one (W3).
 #[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct TermHistory {
     entries: Vec<TermEntry>,
+    newest_tli: Tli,
 }
 
 /// Entries that are no history.
@@ -134,7 +146,22 @@ impl TermHistory {
                 return Err(InvalidHistory::Backwards { earlier, later });
             }
         }
-        Ok(TermHistory { entries })
+        let newest_tli = entries.last().map_or(Tli(0), |last| last.tli);
+        Ok(TermHistory {
+            entries,
+            newest_tli,
+        })
+    }
+
+    /// This history, with the memory of another: no timeline up to `tli` is new.
+    pub fn with_newest_tli(mut self, tli: Tli) -> TermHistory {
+        self.newest_tli = self.newest_tli.max(tli);
+        self
+    }
+
+    /// Highest timeline of any reign that ever was; `Tli(0)` if there was none.
+    pub fn newest_tli(&self) -> Tli {
+        self.newest_tli
     }
 
     pub fn entries(&self) -> &[TermEntry] {
@@ -166,12 +193,15 @@ impl TermHistory {
 
     /// The entries of a log that ends at `end_lsn`. A history can run ahead of its log when a
     /// crash took the log's tail; what it says of bytes that are gone must not outlive them (S3).
+    /// For comparing logs: it remembers no timelines but its own.
     pub fn clipped_to(&self, end_lsn: Lsn) -> TermHistory {
         let keep = self
             .entries
             .partition_point(|entry| entry.start_lsn <= end_lsn);
+        let entries = self.entries[..keep].to_vec();
         TermHistory {
-            entries: self.entries[..keep].to_vec(),
+            newest_tli: entries.last().map_or(Tli(0), |last| last.tli),
+            entries,
         }
     }
 
@@ -184,7 +214,7 @@ impl TermHistory {
         let starts: Vec<Lsn> = entries.iter().skip(1).map(|next| next.start_lsn).collect();
         let mut next_start = starts.into_iter();
         entries.retain(|entry| next_start.next().is_none_or(|next| entry.start_lsn < next));
-        TermHistory::new(entries)
+        Ok(TermHistory::new(entries)?.with_newest_tli(self.newest_tli))
     }
 
     /// Timeline on which the byte at `lsn` was written, or `None` below the first entry.
@@ -194,6 +224,10 @@ impl TermHistory {
             .rev()
             .find(|entry| entry.start_lsn <= lsn)
             .map(|entry| entry.tli)
+    }
+
+    pub fn contains_tli(&self, tli: Tli) -> bool {
+        self.entries.iter().any(|entry| entry.tli == tli)
     }
 
     pub fn contains_term(&self, term: Term) -> bool {
@@ -244,6 +278,13 @@ impl fmt::Display for TermHistory {
                 write!(f, "/{}", entry.tli)?;
             }
             write!(f, "@{}", entry.start_lsn)?;
+        }
+        if self
+            .entries
+            .last()
+            .is_some_and(|last| last.tli < self.newest_tli)
+        {
+            write!(f, " (timeline {} was)", self.newest_tli)?;
         }
         Ok(())
     }
@@ -390,7 +431,7 @@ mod tests {
         let succeeded = given_up
             .succeeded_by(entry(3, 1, 30))
             .map(|h| h.to_string());
-        assert_eq!(succeeded, Ok("1@0/A 3@0/1E".to_string()));
+        assert_eq!(succeeded, Ok("1@0/A 3@0/1E (timeline 2 was)".to_string()));
         let first = history("1@10")
             .succeeded_by(entry(2, 1, 10))
             .map(|h| h.to_string());

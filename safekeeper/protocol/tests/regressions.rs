@@ -137,10 +137,10 @@ fn leading() -> (Proposer, Vec<ProposerAction>) {
             &mut out,
         );
     }
+    p.on_compared(Compared::Equal, 0, &mut out);
     for peer in [P1, P2] {
         p.on_message(peer, &vote(3, &[(2, 0x10_0000)], 0x10_0100), 0, &mut out);
     }
-    p.on_compared(proposer::Compared::Equal, 0, &mut out);
     p.on_history_persisted(0, &mut out);
     assert!(p.is_leading());
     (p, out)
@@ -239,6 +239,7 @@ fn a_late_grant_of_an_earlier_attempt_ends_nothing() {
             &mut out,
         );
     }
+    p.on_compared(Compared::Equal, 0, &mut out);
     assert_eq!((p.state_name(), p.term()), ("voting", Term(6)));
     // 3 was asked in term 3 by this proposer, long ago on this connection, and is slow.
     p.on_message(P3, &vote(3, &[(2, 0x10_0000)], 0x10_0100), 0, &mut out);

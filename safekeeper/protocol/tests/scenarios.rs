@@ -4,15 +4,22 @@
 //! # what the case is about
 //! cluster 3                         three safekeepers, 1 to 3, never configured
 //! start A [history=1@1000000,3/2@1000080] [end=1000100] [unled=1000080] [tli=2]
-//!         [before-recovery] [peers=1,2] [copy=B | like=2]
+//!         [before-recovery | standby] [peers=1,2] [copy=B | like=2]
 //!                                   a Postgres with this log (term 3 is on timeline 2), connected
 //!                                   to the listed safekeepers; its bytes are B's, or those of 2
+//! recovered A                       A's start, which leads, hands its term to the worker
+//! replay A / promote A [tli=3] [at=1000100]
+//!                                   standby A has replayed what it was to / has left recovery
 //! insert A 20                       A's local log grows by so many (hexadecimal) bytes
 //! deliver A->2 [n]                  hand over what is on its way there, or the first n messages
 //! settle [quietly]                  deliver everything, and pull WAL, until nothing moves
 //! cut A 2 / heal A 2                the connection breaks / is made anew
 //! tick A 1000                       a second passes; A is told (safekeepers have the same clock)
 //! crash 2 / restart 2 / wipe 2      kill -9, what is flushed stays / make its directory anew
+//! node 4 / dial A 4                 one more safekeeper / A connects to it too
+//! members A 2,3,4 [from=1000000]    A begins to change the members; logs of new ones begin there
+//! give up A                         it gives that up
+//! forge A->2 3 1000100              a heartbeat of term 3 with this commit_lsn gets on the way
 //! stop A                            Postgres is gone
 //! differ A 1000080                  from now on A's comparison with a donor finds this difference
 //! unreadable A / readable A         A's comparison with a donor can't be made / can again
@@ -76,6 +83,11 @@ struct Server {
     history: TermHistory,
     differ: Option<Lsn>,
     unreadable: bool,
+    /// What it was started with, for the proposer that goes on after recovery.
+    settings: ProposerSettings,
+    local: LocalLog,
+    /// A standby is to end recovery on this timeline, there.
+    promotion: Option<(Tli, Lsn)>,
 }
 
 impl Server {
@@ -106,6 +118,8 @@ struct World {
     now_ms: u64,
     sessions: u64,
     committed: BTreeMap<u64, char>,
+    /// Members have changed: how many hold a byte is not how many there are.
+    changed: bool,
     out: String,
 }
 
@@ -187,6 +201,56 @@ impl World {
             ["differ", name, lsn] => self.server(letter(name)).differ = Some(Lsn(hex(lsn))),
             ["unreadable", name] => self.server(letter(name)).unreadable = true,
             ["readable", name] => self.server(letter(name)).unreadable = false,
+            ["node", id] => {
+                let id: u64 = id.parse().expect("a number");
+                self.make_node(id, u128::from(id));
+            }
+            ["dial", name, id] => {
+                let id: u64 = id.parse().expect("a safekeeper");
+                let server = self.server(letter(name));
+                server.peers.push(id);
+                server.proposer.add_peer(address(id));
+                self.connect(letter(name), id);
+            }
+            ["members", name, ids] => self.change_members(letter(name), ids, "0"),
+            ["members", name, ids, from] => {
+                let from = from.strip_prefix("from=").expect("from=LSN");
+                self.change_members(letter(name), ids, from);
+            }
+            ["give", "up", name] => {
+                let (mut actions, now_ms) = (Vec::new(), self.now_ms);
+                let proposer = &mut self.server(letter(name)).proposer;
+                let outcome = proposer.give_up_change(now_ms, &mut actions);
+                self.note_refusal(name, outcome);
+                self.carry_out(letter(name), actions);
+            }
+            ["recovered", name] => self.recovered(letter(name)),
+            ["replay", name] => {
+                let mut actions = Vec::new();
+                self.server(letter(name)).proposer.on_replayed(&mut actions);
+                self.carry_out(letter(name), actions);
+            }
+            ["promote", name, ..] => self.promote(letter(name), &words[2..]),
+            ["forge", route, term, commit] => {
+                let (name, id) = route.split_once("->").expect("from->to");
+                let append = Append {
+                    configuration_version: ConfigurationVersion {
+                        term: Term(u64::MAX),
+                        generation: 1,
+                    },
+                    term: Term(term.parse().expect("a number")),
+                    tli: Tli(1),
+                    begin_lsn: Lsn(hex(commit)),
+                    len: 0,
+                    commit_lsn: Lsn(hex(commit)),
+                    truncate_lsn: Lsn::INVALID,
+                    reply_requested: true,
+                };
+                let pair = (letter(name), id.parse().expect("a safekeeper"));
+                let connection = self.connections.get_mut(&pair).expect("a connection");
+                let message = ProposerMessage::Append(append);
+                connection.to_acceptor.push_back((message, Vec::new()));
+            }
             ["hold", id] => self.node(id).holds = true,
             ["flush", id] => {
                 self.node(id).holds = false;
@@ -256,13 +320,11 @@ impl World {
                     peers = ids.collect();
                 }
                 None if *word == "before-recovery" => standing = Standing::BeforeRecovery,
+                None if *word == "standby" => standing = Standing::Standby,
                 _ => panic!("unknown word {word:?}"),
             }
         }
-        let addresses = peers.iter().map(|id| PeerAddress {
-            host: format!("sk{id}"),
-            port: 5454,
-        });
+        let addresses = peers.iter().map(|id| address(*id));
         let settings = ProposerSettings {
             proposer_id: ProposerId(name as u128),
             cluster: cluster_identity(),
@@ -286,7 +348,7 @@ impl World {
             bytes.0.extend(like.0);
         }
         let (end, history) = (local.end_lsn, local.history.clone());
-        let proposer = Proposer::new(settings, local, standing, self.now_ms);
+        let proposer = Proposer::new(settings.clone(), local.clone(), standing, self.now_ms);
         self.servers.insert(
             name,
             Server {
@@ -297,10 +359,80 @@ impl World {
                 history,
                 differ: None,
                 unreadable: false,
+                settings,
+                local,
+                promotion: None,
             },
         );
         for id in peers {
             self.connect(name, id);
+        }
+    }
+
+    /// Crash recovery has ended: the worker goes on with the term that the start has won.
+    fn recovered(&mut self, name: char) {
+        let ids = self.servers[&name].peers.clone();
+        for id in &ids {
+            self.cut(name, *id);
+        }
+        let (mut actions, now_ms) = (Vec::new(), self.now_ms);
+        let server = self.server(name);
+        let won = server.proposer.won_term().expect("a start that leads");
+        let local = LocalLog {
+            end_lsn: server.end,
+            ..server.local.clone()
+        };
+        let settings = server.settings.clone();
+        server.proposer = Proposer::elected(settings, local, won, now_ms, &mut actions);
+        self.carry_out(name, actions);
+        for id in ids {
+            self.connect(name, id);
+        }
+    }
+
+    fn promote(&mut self, name: char, words: &[&str]) {
+        let (mut actions, now_ms) = (Vec::new(), self.now_ms);
+        let server = self.server(name);
+        let (mut tli, mut at) = server.promotion.take().expect("it was asked to");
+        for word in words {
+            match word.split_once('=') {
+                Some(("tli", text)) => tli = Tli(text.parse().expect("a number")),
+                Some(("at", text)) => at = Lsn(hex(text)),
+                _ => panic!("unknown word {word:?}"),
+            }
+        }
+        let file = TimelineFile {
+            tli,
+            content: format!("1\t{at}\tno recovery target\n").into_bytes(),
+        };
+        let proposer = &mut server.proposer;
+        proposer.on_promoted(tli, at, vec![file], now_ms, &mut actions);
+        self.carry_out(name, actions);
+    }
+
+    fn change_members(&mut self, name: char, ids: &str, from: &str) {
+        self.changed = true;
+        let members = ids.split(',').map(|id| {
+            let id: u64 = id.parse().expect("a safekeeper");
+            let PeerAddress { host, port } = address(id);
+            Member {
+                id: MemberId(id),
+                incarnation: Incarnation(self.nodes[&id].incarnation),
+                host,
+                port,
+            }
+        });
+        let (members, from): (Vec<Member>, Lsn) = (members.collect(), Lsn(hex(from)));
+        let (mut actions, now_ms) = (Vec::new(), self.now_ms);
+        let proposer = &mut self.server(name).proposer;
+        let outcome = proposer.change_members(members, from, now_ms, &mut actions);
+        self.note_refusal(&name.to_string(), outcome);
+        self.carry_out(name, actions);
+    }
+
+    fn note_refusal(&mut self, name: &str, outcome: Result<(), ChangeRefusal>) {
+        if let Err(refusal) = outcome {
+            let _ = writeln!(self.out, "|   {name} refuses: {refusal}");
         }
     }
 
@@ -530,7 +662,12 @@ impl World {
                     node.durable_bytes = node.bytes.clone();
                     node.durable_end = end_lsn;
                 }
-                AcceptorAction::ReplaceTimelineFiles(_) => {}
+                AcceptorAction::ReplaceTimelineFiles(files) if files.is_empty() => {}
+                AcceptorAction::ReplaceTimelineFiles(files) => {
+                    let tlis = files.iter().map(|file| format!(" {}", file.tli));
+                    let tlis: String = tlis.collect();
+                    let _ = writeln!(self.out, "|   {id} has the history files of{tlis}");
+                }
                 AcceptorAction::Commit(lsn) => {
                     let _ = writeln!(self.out, "|   {id} commits {lsn}");
                 }
@@ -612,9 +749,29 @@ impl World {
                     let range = node.bytes.0.range(begin_lsn.0..end_lsn.0);
                     let missing: Vec<(u64, char)> = range.map(|(lsn, w)| (*lsn, *w)).collect();
                     let server = self.server(name);
-                    server.bytes.0.extend(missing);
+                    let outcome = if server.unreadable {
+                        let reason = "connection refused".into();
+                        let end_lsn = begin_lsn;
+                        Completed::Partly { end_lsn, reason }
+                    } else {
+                        server.bytes.0.extend(missing);
+                        server.end = end_lsn;
+                        Completed::Whole
+                    };
+                    server.proposer.on_completed(outcome, now_ms, &mut more);
+                }
+                ProposerAction::Replay { end_lsn } => {
+                    let _ = writeln!(self.out, "|   {name} is to replay up to {end_lsn}");
+                    let server = self.servers.get_mut(&name).expect("a started server");
+                    server.bytes.0.extend(self.committed.range(..end_lsn.0));
                     server.end = end_lsn;
-                    server.proposer.on_completed(now_ms, &mut more);
+                }
+                ProposerAction::Promote { tli, switch_lsn } => {
+                    let _ = writeln!(
+                        self.out,
+                        "|   {name} is to promote to timeline {tli} at {switch_lsn}"
+                    );
+                    self.server(name).promotion = Some((tli, switch_lsn));
                 }
                 ProposerAction::PersistHistory {
                     history,
@@ -631,9 +788,8 @@ impl World {
                 }
                 ProposerAction::Commit(lsn) => {
                     let _ = writeln!(self.out, "|   {name} commits {lsn}");
-                    let committed: Vec<(u64, char)> = self.servers[&name]
-                        .bytes
-                        .0
+                    let committed: Vec<(u64, char)> = self
+                        .log_of(name)
                         .range(..lsn.0)
                         .map(|(lsn, writer)| (*lsn, *writer))
                         .collect();
@@ -658,6 +814,22 @@ impl World {
             }
             self.carry_out(name, more);
         }
+    }
+
+    /// The log that this server leads: its own, or while it is a standby that of the members.
+    fn log_of(&self, name: char) -> BTreeMap<u64, char> {
+        let server = &self.servers[&name];
+        if server.proposer.is_leading() {
+            return server.bytes.0.clone();
+        }
+        let followers = self
+            .nodes
+            .values()
+            .filter(|node| node.durable.history == *server.proposer.history());
+        let longest = followers.max_by_key(|node| node.durable_bytes.0.len());
+        longest
+            .map(|node| node.durable_bytes.0.clone())
+            .unwrap_or_default()
     }
 
     fn compare(&self, name: char, donor: u64, begin: Lsn, end: Lsn) -> Compared {
@@ -699,8 +871,12 @@ impl World {
             });
             let _ = writeln!(
                 self.out,
-                "| {name}: {} term {} log {} end {} commit {};{}",
+                "| {name}: {}{} term {} log {} end {} commit {};{}",
                 server.proposer.state_name(),
+                server
+                    .proposer
+                    .change_step()
+                    .map_or(String::new(), |step| format!(" ({step})")),
                 server.proposer.term(),
                 server.history,
                 server.end,
@@ -737,13 +913,20 @@ impl World {
                 .iter()
                 .filter(|node| node.durable_bytes.0.get(lsn) == Some(writer))
                 .count();
+            let enough = holders >= majority(nodes.len()) || holders + 1 >= nodes.len() - 1;
             assert!(
-                holders >= 1
-                    && (holders >= majority(nodes.len()) || holders + 1 >= nodes.len() - 1),
+                holders >= 1 && (enough || self.changed),
                 "committed byte at {} is on {holders} safekeepers",
                 Lsn(*lsn)
             );
         }
+    }
+}
+
+fn address(id: u64) -> PeerAddress {
+    PeerAddress {
+        host: format!("sk{id}"),
+        port: 5454,
     }
 }
 

@@ -6,7 +6,7 @@
 
 use safekeeper_protocol::codec::encode_proposer_message;
 use safekeeper_protocol::{
-    Compared, Lsn, PeerIdx, Proposer, ProposerAction, ProposerMessage, Read, Term, WaitReason,
+    Compared, Completed, Lsn, PeerIdx, Proposer, ProposerAction, ProposerMessage, Read, Term, WaitReason,
 };
 use safekeeper_wal::PAGE_SIZE;
 
@@ -148,6 +148,9 @@ impl Cluster {
             ProposerAction::Lead { term, start_lsn } => self.lead(idx, term, start_lsn),
             ProposerAction::Commit(lsn) => self.commit(idx, lsn),
             ProposerAction::Wait(reason) => self.wait(idx, &reason),
+            ProposerAction::Replay { .. } | ProposerAction::Promote { .. } => {
+                unreachable!("no server is a standby")
+            }
             ProposerAction::StandAgain => self.restart_worker(idx),
             ProposerAction::Deposed { .. } => {
                 self.tally.add(Mark::Deposed);
@@ -319,7 +322,7 @@ impl Cluster {
         if reading.completes {
             self.tally.add(Mark::CompletedFromQuorum);
             self.with_proposer(idx, |proposer, now_ms, out| {
-                proposer.on_completed(now_ms, out)
+                proposer.on_completed(Completed::Whole, now_ms, out)
             });
         } else {
             self.with_proposer(idx, |proposer, now_ms, out| {
@@ -331,10 +334,15 @@ impl Cluster {
     pub fn donor_failed(&mut self, idx: ServerIdx, reading: &Reading) {
         self.say(|| format!("server {idx} can't read from its donor"));
         if reading.completes {
-            // What has been read so far is WAL like any other: the next start finds its end.
-            self.crash_server(idx);
-            let in_ms = self.random.range(10..1000);
-            self.at(in_ms, Event::StartServer { server: idx });
+            // What has been read so far is WAL like any other.
+            self.servers[idx].data.find_end();
+            let outcome = Completed::Partly {
+                end_lsn: self.servers[idx].data.end(),
+                reason: "the donor failed".into(),
+            };
+            self.with_proposer(idx, |proposer, now_ms, out| {
+                proposer.on_completed(outcome, now_ms, out)
+            });
         } else {
             let outcome = Compared::Unavailable {
                 reason: "the donor failed".into(),

@@ -6,6 +6,47 @@
 //! votes show may differ from what the greetings showed; so everything is decided anew by them.
 
 use super::*;
+use crate::Tli;
+
+/// What the greetings make of this proposer's chances.
+enum Prospect {
+    /// No quorum yet: write this first configuration.
+    FirstUse(Configuration),
+    /// Ask for votes.
+    Stand,
+    /// Compare bytes first.
+    Compare(Look),
+}
+
+struct Look {
+    donor: PeerIdx,
+    /// In which the donor greeted.
+    term: Term,
+    stretch: Stretch,
+}
+
+/// Bytes that were or are to be compared: from `begin_lsn` to the end of this part of the donor's
+/// log. Logs of the same history hold the same bytes, so one comparison counts for all of them.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Stretch {
+    pub(super) begin_lsn: Lsn,
+    pub(super) log: Log,
+}
+
+/// On the way from the votes to a claim.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Settling {
+    /// Still to be compared.
+    pub(super) stretch: Option<Stretch>,
+    /// Still to be completed from the donor.
+    pub(super) missing: Option<(Lsn, Lsn)>,
+    pub(super) claim: Claim,
+    pub(super) donor: PeerIdx,
+    /// The donor's log; a voter with the same one will do as well.
+    pub(super) log: Log,
+    /// The donor failed: asked again, or another one, then.
+    pub(super) retry_ms: Option<u64>,
+}
 
 impl Proposer {
     pub(super) fn on_greeting(
@@ -23,10 +64,11 @@ impl Proposer {
         link.commit_lsn = greeting.commit_lsn;
         link.greeting = Some(greeting.clone());
         match self.phase {
-            Phase::Leading => self.welcome(peer, now_ms, out),
+            Phase::Leading | Phase::Promoting(_) => self.welcome(peer, now_ms, out),
             Phase::Greeting { .. } | Phase::Waiting { eager: true, .. } => {
                 self.evaluate(now_ms, out);
             }
+            Phase::Confirming { .. } => self.confirm(now_ms, out),
             // Late, but its vote may be the one that is missing.
             Phase::Voting { .. } => self.ask_for_vote(peer, now_ms, out),
             _ => {}
@@ -36,8 +78,9 @@ impl Proposer {
     /// Do the greetings show that this proposer may stand for election?
     pub(super) fn evaluate(&mut self, now_ms: u64, out: &mut Actions) {
         match self.look_before_the_leap() {
-            Ok(None) => self.ask_for_votes(now_ms, out),
-            Ok(Some(configuration)) => self.configure_all(configuration, now_ms, out),
+            Ok(Prospect::FirstUse(configuration)) => self.configure_all(configuration, now_ms, out),
+            Ok(Prospect::Stand) => self.ask_for_votes(now_ms, out),
+            Ok(Prospect::Compare(look)) => self.look(look, now_ms, out),
             // Too few so far; more may be on their way.
             Err(WaitReason::NoQuorum { .. } | WaitReason::FirstUse { .. }) if matches!(self.phase, Phase::Greeting { deadline_ms } if now_ms < deadline_ms) =>
                 {}
@@ -45,32 +88,95 @@ impl Proposer {
         }
     }
 
-    /// `Ok(None)` to ask for votes, `Ok(Some)` to write this first configuration.
-    pub(super) fn look_before_the_leap(&mut self) -> Result<Option<Configuration>, WaitReason> {
+    fn look_before_the_leap(&mut self) -> Result<Prospect, WaitReason> {
         self.adopt_configuration()?;
         if self.configuration.is_none() || self.configuration.is_provisional() {
-            return self.first_configuration().map(Some);
+            return self.first_configuration().map(Prospect::FirstUse);
         }
         if !self.configuration.has_quorum(|member| self.hears(member)) {
             let greeted = self.member_links().count();
             let needed = self.configuration.quorum_size();
             return Err(WaitReason::NoQuorum { greeted, needed });
         }
-        if let Some(term) = self.rival() {
+        // A promotion means to depose.
+        if let Some(term) = self.rival().filter(|_| self.standing != Standing::Standby) {
             return Err(WaitReason::Rival { term });
         }
         let greetings = self
             .member_links()
-            .filter_map(|(_, link)| link.greeting.as_ref());
-        let logs = greetings.map(|greeting| Log::new(&greeting.history, greeting.flush_lsn));
-        let donor = logs.max_by_key(Log::rank).unwrap_or_default();
-        match self.decide(&donor) {
-            Verdict::Lead(claim) | Verdict::Complete { claim, .. } => {
-                self.next_term()
-                    .and_then(|term| self.new_history(&claim, term))?;
-                Ok(None)
+            .filter_map(|(peer, link)| Some((peer, link.greeting.as_ref()?)));
+        let logs: Vec<(PeerIdx, Term, Log)> = greetings
+            .map(|(peer, g)| (peer, g.term, Log::new(&g.history, g.flush_lsn)))
+            .collect();
+        let best = logs.iter().map(|(_, _, log)| log.rank()).max();
+        let donors: Vec<&(PeerIdx, Term, Log)> = logs
+            .iter()
+            .filter(|(_, _, log)| Some(log.rank()) == best)
+            .collect();
+        // Another one each time: the first may be one that can't be read from.
+        let Some((donor, term, log)) = donors.get(self.n_looks % donors.len().max(1)) else {
+            return Ok(Prospect::Stand);
+        };
+        let claim = match self.decide(log) {
+            Verdict::Lead(claim) | Verdict::Complete { claim, .. } => claim,
+            Verdict::Refuse(divergence) => return Err(WaitReason::Diverged(divergence)),
+        };
+        self.next_term()
+            .and_then(|term| self.new_history(&claim, term))?;
+        Ok(match self.to_compare(&claim, log) {
+            None => Prospect::Stand,
+            Some(stretch) => Prospect::Compare(Look {
+                donor: *donor,
+                term: *term,
+                stretch,
+            }),
+        })
+    }
+
+    /// What of the local log has not been found equal to the donor's yet.
+    fn to_compare(&self, claim: &Claim, donor: &Log) -> Option<Stretch> {
+        let (begin_lsn, end_lsn) = claim.compare?;
+        let log = Log::new(&donor.history, end_lsn);
+        let stretch = Stretch { begin_lsn, log };
+        (self.compared.as_ref() != Some(&stretch)).then_some(stretch)
+    }
+
+    /// A server whose bytes are others must find out without raising the term: it would end the
+    /// reign of whoever rightly leads, at every start (a copy that was restored to an earlier
+    /// point, for one). The donor answers as long as it stands in the term it has greeted with.
+    fn look(&mut self, look: Look, now_ms: u64, out: &mut Actions) {
+        self.n_looks = self.n_looks.wrapping_add(1);
+        out.push(ProposerAction::Compare {
+            donor: look.donor,
+            term: look.term,
+            begin_lsn: look.stretch.begin_lsn,
+            end_lsn: look.stretch.log.end_lsn,
+        });
+        self.phase = Phase::Looking {
+            stretch: look.stretch,
+            since_ms: now_ms,
+        };
+    }
+
+    fn on_looked(
+        &mut self,
+        stretch: Stretch,
+        since_ms: u64,
+        outcome: Compared,
+        now_ms: u64,
+        out: &mut Actions,
+    ) {
+        match outcome {
+            Compared::Equal => {
+                self.compared = Some(stretch);
+                if now_ms < since_ms + LOOK_AGAIN_MS {
+                    self.ask_for_votes(now_ms, out);
+                } else {
+                    self.greet_anew(now_ms, out);
+                }
             }
-            Verdict::Refuse(divergence) => Err(WaitReason::Diverged(divergence)),
+            Compared::Differs { at } => self.refuse(WaitReason::BytesDiffer { at }, now_ms, out),
+            Compared::Unavailable { reason } => self.wait(WaitReason::Donor(reason), now_ms, out),
         }
     }
 
@@ -113,13 +219,45 @@ impl Proposer {
 
     /// The history of a reign that would begin by this claim.
     pub(super) fn new_history(&self, claim: &Claim, term: Term) -> Result<TermHistory, WaitReason> {
+        let newest = self.newest_tli().max(claim.history.newest_tli());
+        let tli = match self.standing {
+            Standing::Standby => self.new_timeline(newest)?,
+            _ => self.local.tli,
+        };
+        let is_known = claim.history.contains_tli(tli) || self.local.history.contains_tli(tli);
+        if tli <= newest && !is_known {
+            return Err(WaitReason::Timeline(format!(
+                "timeline {tli}, which this server has begun, was taken before by a promotion that \
+                 was given up; the newest one is {newest}"
+            )));
+        }
         let entry = TermEntry {
             term,
-            tli: self.local.tli,
+            tli,
             start_lsn: claim.start_lsn,
         };
         let history = claim.history.succeeded_by(entry);
-        history.map_err(|invalid| WaitReason::Membership(invalid.to_string()))
+        let history = history.map_err(|invalid| WaitReason::Membership(invalid.to_string()))?;
+        Ok(history.with_newest_tli(newest))
+    }
+
+    /// Of all reigns that we or a member ever heard of. A promotion goes on only when a majority
+    /// has taken its Elected, and then its timeline is among those that any later majority tells.
+    fn newest_tli(&self) -> Tli {
+        let greetings = self
+            .member_links()
+            .filter_map(|(_, link)| link.greeting.as_ref());
+        let told = greetings.map(|greeting| greeting.history.newest_tli());
+        let own = self.local.history.newest_tli();
+        told.max().unwrap_or_default().max(own)
+    }
+
+    /// Above every timeline known to the quorum and to the server that is promoted (W3).
+    fn new_timeline(&self, newest: Tli) -> Result<Tli, WaitReason> {
+        let files = self.local.timeline_files.iter().map(|file| file.tli);
+        let highest = files.chain([newest, self.local.tli]).max();
+        let none_left = || WaitReason::Timeline("no timeline is left after the last".to_string());
+        highest.and_then(Tli::next).ok_or_else(none_left)
     }
 
     pub(super) fn ask_for_votes(&mut self, now_ms: u64, out: &mut Actions) {
@@ -183,7 +321,7 @@ impl Proposer {
             link.vote = Some(Log::new(&response.history, response.flush_lsn));
         }
         match self.phase {
-            Phase::Leading => self.welcome(peer, now_ms, out),
+            Phase::Leading | Phase::Promoting(_) => self.welcome(peer, now_ms, out),
             Phase::Voting { .. } if granted => self.count_votes(now_ms, out),
             // Answer to a candidacy that is over.
             _ if response.term < term
@@ -218,26 +356,18 @@ impl Proposer {
                 return self.wait(WaitReason::Diverged(divergence), now_ms, out);
             }
         };
-        let term = self.term;
-        if let Some((begin_lsn, end_lsn)) = claim.compare {
-            self.phase = Phase::Comparing {
-                claim,
-                missing,
-                donor,
-                retry_ms: None,
-            };
-            out.push(ProposerAction::Compare {
-                donor,
-                term,
-                begin_lsn,
-                end_lsn,
-            });
-        } else {
-            self.complete_or_claim(donor, claim, missing, now_ms, out);
-        }
+        let log = log.clone();
+        self.phase = Phase::Settling(Settling {
+            stretch: self.to_compare(&claim, &log),
+            claim,
+            missing,
+            log,
+            donor,
+            retry_ms: None,
+        });
+        self.settle(now_ms, out);
     }
 
-    /// The connected members that granted this candidacy's vote, with their logs.
     /// By what the donor is chosen: the term of the log's last byte, then its end.
     pub(super) fn rank(&self, peer: PeerIdx, log: &Log) -> (Term, Lsn) {
         let greeting = self.links[peer.0]
@@ -255,106 +385,119 @@ impl Proposer {
             .collect()
     }
 
+    /// The next step from the votes to the claim: compare, then complete, then claim.
+    fn settle(&mut self, now_ms: u64, out: &mut Actions) {
+        let Phase::Settling(settling) = &mut self.phase else {
+            return;
+        };
+        settling.retry_ms = None;
+        let (donor, term) = (settling.donor, self.term);
+        if let Some(stretch) = &settling.stretch {
+            out.push(ProposerAction::Compare {
+                donor,
+                term,
+                begin_lsn: stretch.begin_lsn,
+                end_lsn: stretch.log.end_lsn,
+            });
+        } else if let Some((begin_lsn, end_lsn)) = settling.missing {
+            out.push(ProposerAction::Complete {
+                donor,
+                term,
+                begin_lsn,
+                end_lsn,
+            });
+        } else {
+            let claim = settling.claim.clone();
+            self.local.end_lsn = self.local.end_lsn.max(claim.start_lsn);
+            self.claim(claim, now_ms, out);
+        }
+    }
+
     /// Answer to [`ProposerAction::Compare`].
     pub fn on_compared(&mut self, outcome: Compared, now_ms: u64, out: &mut Actions) {
-        let Phase::Comparing {
-            claim,
-            missing,
-            donor,
-            retry_ms,
-        } = &mut self.phase
-        else {
+        if let Phase::Looking { stretch, since_ms } = &self.phase {
+            let (stretch, since_ms) = (stretch.clone(), *since_ms);
+            return self.on_looked(stretch, since_ms, outcome, now_ms, out);
+        }
+        let Phase::Settling(settling) = &mut self.phase else {
+            return;
+        };
+        if settling.stretch.is_none() {
+            return;
+        }
+        match outcome {
+            Compared::Equal => {
+                self.compared = settling.stretch.take();
+                self.settle(now_ms, out);
+            }
+            // Our bytes will not change: asking for votes again would raise the term every second
+            // and end the reign of whoever rightly leads.
+            Compared::Differs { at } => self.refuse(WaitReason::BytesDiffer { at }, now_ms, out),
+            Compared::Unavailable { reason } => self.try_another_donor(reason, now_ms, out),
+        }
+    }
+
+    /// Answer to [`ProposerAction::Complete`].
+    pub fn on_completed(&mut self, outcome: Completed, now_ms: u64, out: &mut Actions) {
+        let Phase::Settling(settling) = &mut self.phase else {
+            return;
+        };
+        let (None, Some((begin_lsn, end_lsn))) = (&settling.stretch, &mut settling.missing) else {
             return;
         };
         match outcome {
-            Compared::Equal => {
-                let (claim, missing, donor) = (claim.clone(), *missing, *donor);
-                self.complete_or_claim(donor, claim, missing, now_ms, out);
+            Completed::Whole => {
+                settling.missing = None;
+                self.settle(now_ms, out);
             }
-            Compared::Differs { at } => {
-                // Our bytes will not change: asking for votes again would raise the term every
-                // second and end the reign of whoever rightly leads.
-                self.wait(WaitReason::BytesDiffer { at }, now_ms, out);
-                self.phase = Phase::Refused;
-            }
-            // The term is won, and stays won; a new one would help nobody.
-            Compared::Unavailable { reason } => {
-                *retry_ms = Some(now_ms + LOOK_AGAIN_MS);
-                self.tell(WaitReason::Donor(reason), out);
+            Completed::Partly {
+                end_lsn: reached,
+                reason,
+            } => {
+                // What has been appended is our own WAL, and stays.
+                *begin_lsn = reached.clamp(*begin_lsn, *end_lsn);
+                self.local.end_lsn = *begin_lsn;
+                self.try_another_donor(reason, now_ms, out);
             }
         }
     }
 
-    /// The same donor again, or the next voter whose log is as good; without one, all anew.
-    pub(super) fn compare_again(&mut self, now_ms: u64, out: &mut Actions) {
-        let best = self.votes().iter().map(|(_, log)| log.rank()).max();
+    /// The term is won, and stays won; a new one would help nobody.
+    fn try_another_donor(&mut self, reason: String, now_ms: u64, out: &mut Actions) {
+        if let Phase::Settling(settling) = &mut self.phase {
+            settling.retry_ms = Some(now_ms + LOOK_AGAIN_MS);
+        }
+        self.tell(WaitReason::Donor(reason), out);
+    }
+
+    /// The same donor again, or the next voter that holds the same log; without one, all anew.
+    pub(super) fn settle_again(&mut self, now_ms: u64, out: &mut Actions) {
+        let Phase::Settling(settling) = &self.phase else {
+            return;
+        };
         let equals: Vec<PeerIdx> = self
             .votes()
             .iter()
-            .filter(|(_, log)| Some(log.rank()) == best)
+            .filter(|(_, log)| **log == settling.log)
             .map(|(peer, _)| *peer)
             .collect();
-        let term = self.term;
-        let Phase::Comparing {
-            claim,
-            donor,
-            retry_ms,
-            ..
-        } = &mut self.phase
-        else {
-            return;
+        let next = equals.iter().find(|&peer| *peer > settling.donor);
+        let Some(&next) = next.or(equals.first()) else {
+            return self.pause(now_ms);
         };
-        let next = equals.iter().find(|&peer| peer > donor).or(equals.first());
-        match (next, claim.compare) {
-            (Some(&next), Some((begin_lsn, end_lsn))) => {
-                (*donor, *retry_ms) = (next, None);
-                out.push(ProposerAction::Compare {
-                    donor: next,
-                    term,
-                    begin_lsn,
-                    end_lsn,
-                });
-            }
-            _ => self.pause(now_ms),
+        if let Phase::Settling(settling) = &mut self.phase {
+            settling.donor = next;
         }
-    }
-
-    pub(super) fn complete_or_claim(
-        &mut self,
-        donor: PeerIdx,
-        claim: Claim,
-        missing: Option<(Lsn, Lsn)>,
-        now_ms: u64,
-        out: &mut Actions,
-    ) {
-        match missing {
-            Some((begin_lsn, end_lsn)) => {
-                self.phase = Phase::Completing { claim };
-                let term = self.term;
-                out.push(ProposerAction::Complete {
-                    donor,
-                    term,
-                    begin_lsn,
-                    end_lsn,
-                });
-            }
-            None => self.claim(claim, now_ms, out),
-        }
-    }
-
-    /// Answer to [`ProposerAction::Complete`]: the local log ends where the donor's does, fsynced.
-    pub fn on_completed(&mut self, now_ms: u64, out: &mut Actions) {
-        let Phase::Completing { claim } = &self.phase else {
-            return;
-        };
-        let claim = claim.clone();
-        self.local.end_lsn = claim.start_lsn;
-        self.claim(claim, now_ms, out);
+        self.settle(now_ms, out);
     }
 
     /// The history goes to the local disk before a byte is pushed under it.
-    pub(super) fn claim(&mut self, claim: Claim, now_ms: u64, out: &mut Actions) {
+    fn claim(&mut self, claim: Claim, now_ms: u64, out: &mut Actions) {
         match self.new_history(&claim, self.term) {
+            Ok(history) if self.standing == Standing::Standby => {
+                self.history = history;
+                self.bring_majority(now_ms, out);
+            }
             Ok(history) => {
                 self.phase = Phase::Persisting {
                     history: history.clone(),
@@ -369,21 +512,51 @@ impl Proposer {
         }
     }
 
-    /// Answer to [`ProposerAction::PersistHistory`]: the reign begins.
+    /// Answer to [`ProposerAction::PersistHistory`].
     pub fn on_history_persisted(&mut self, now_ms: u64, out: &mut Actions) {
-        let Phase::Persisting { history } = &self.phase else {
-            return;
-        };
-        self.history = history.clone();
-        self.local.history = history.clone();
+        match &self.phase {
+            Phase::Persisting { history } => self.history = history.clone(),
+            Phase::Promoting(Promotion::Persisting) => return self.promote(out),
+            _ => return,
+        }
+        self.remember_history();
+        if self.standing == Standing::BeforeRecovery {
+            self.phase = Phase::Confirming {
+                deadline_ms: now_ms + self.settings.member_timeout_ms,
+            };
+            self.greet_all(now_ms, out);
+        } else {
+            self.lead(now_ms, out);
+        }
+    }
+
+    /// What the local history file says by now.
+    pub(super) fn remember_history(&mut self) {
+        self.local.history = self.history.clone();
         self.local.configuration = self.configuration.clone();
         self.local.unled_from = None;
+    }
+
+    /// Completing may have taken long, and a server that starts in a term that is dead by then
+    /// writes WAL that it can only throw away (W6). So a majority is asked once more.
+    fn confirm(&mut self, now_ms: u64, out: &mut Actions) {
+        if self.member_links().any(|(_, link)| link.term > self.term) {
+            return self.pause(now_ms);
+        }
+        if self.configuration.has_quorum(|member| self.hears(member)) {
+            self.lead(now_ms, out);
+        }
+    }
+
+    /// The reign begins.
+    pub(super) fn lead(&mut self, now_ms: u64, out: &mut Actions) {
         self.phase = Phase::Leading;
         self.wait_reason = None;
         out.push(ProposerAction::Lead {
             term: self.term,
             start_lsn: self.term_start_lsn(),
         });
+        self.finish_change_of_others(now_ms, out);
         for peer in self.peer_indexes() {
             self.welcome(peer, now_ms, out);
         }

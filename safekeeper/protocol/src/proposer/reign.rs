@@ -13,7 +13,7 @@ impl Proposer {
         };
         let (term, version) = (greeting.term, greeting.configuration.version);
         // A stranger's term is not ours to heed: it was won, if it was, in another quorum.
-        if !self.speaks_for_member(peer) {
+        if !self.is_fed(peer) {
             return;
         }
         if term > self.term {
@@ -26,7 +26,9 @@ impl Proposer {
             let configuration = self.configuration.clone();
             self.send_configure(peer, self.term, &configuration, now_ms, out);
         } else {
+            self.note_held(peer);
             self.elect(peer, now_ms, out);
+            self.advance_change(now_ms, out);
         }
     }
 
@@ -38,7 +40,7 @@ impl Proposer {
         let Some(greeting) = &link.greeting else {
             return;
         };
-        if !self.speaks_for_member(peer) || link.stream.is_some() {
+        if !self.is_fed(peer) || link.stream.is_some() {
             return;
         }
         let theirs = Log::new(&greeting.history, greeting.flush_lsn);
@@ -47,17 +49,19 @@ impl Proposer {
             .history
             .first()
             .map_or(Lsn::INVALID, |entry| entry.start_lsn);
-        let start_lsn = common_end(&theirs, &ours).unwrap_or(log_start);
-        let elected = Elected {
-            configuration_version: self.configuration.version,
-            term: self.term,
-            history: self.history.clone(),
-            start_lsn,
-            timeline_files: self.timeline_files(),
+        let start_lsn = match common_end(&theirs, &ours) {
+            Some(common) => common,
+            // A log that is still to begin need not hold what nobody keeps any more.
+            None if theirs.runs().next().is_none() => {
+                log_start.max(self.begin_for_learner(greeting))
+            }
+            None => log_start,
         };
+        let elected = self.elected_from(start_lsn);
         if let Some(link) = &mut self.links[peer.0] {
             link.stream = Some(Stream {
                 following: false,
+                start_lsn,
                 sent_lsn: start_lsn,
                 write_lsn: start_lsn,
             });
@@ -68,6 +72,16 @@ impl Proposer {
             to: peer,
             message: ProposerMessage::Elected(elected),
         });
+    }
+
+    pub(super) fn elected_from(&self, start_lsn: Lsn) -> Elected {
+        Elected {
+            configuration_version: self.configuration.version,
+            term: self.term,
+            history: self.history.clone(),
+            start_lsn,
+            timeline_files: self.timeline_files(),
+        }
     }
 
     /// The newest ones, as far as a message holds them.
@@ -91,9 +105,10 @@ impl Proposer {
         &mut self,
         peer: PeerIdx,
         response: &AppendResponse,
+        now_ms: u64,
         out: &mut Actions,
     ) {
-        if !self.is_leading() {
+        if !self.reigns() {
             return;
         }
         if response.term > self.term {
@@ -130,6 +145,7 @@ impl Proposer {
         let acknowledged = self.acknowledged.entry((id, incarnation)).or_default();
         *acknowledged = response.flush_lsn.max(*acknowledged);
         self.advance_commit(out);
+        self.advance_change(now_ms, out);
     }
 
     /// What a majority of all members has flushed in this term; one that has not taken this
@@ -143,6 +159,7 @@ impl Proposer {
         if own && reached > self.commit_lsn {
             self.commit_lsn = reached;
             out.push(ProposerAction::Commit(reached));
+            self.replay_if_complete(out);
         }
     }
 
@@ -160,10 +177,15 @@ impl Proposer {
     ///
     /// A host that has no WAL at hand at [`Self::next_lsn`] passes that as the end of its WAL.
     pub fn next_append(&mut self, peer: PeerIdx, wal: LocalWal, now_ms: u64) -> Option<Append> {
-        if !self.is_leading() {
+        if !self.reigns() {
             return None;
         }
         self.local_flush_lsn = self.local_flush_lsn.max(wal.flush_lsn);
+        let end_lsn = match self.phase {
+            // The term has no WAL of its own before Postgres has switched to its timeline.
+            Phase::Promoting(_) => wal.end_lsn.min(self.term_start_lsn()),
+            _ => wal.end_lsn,
+        };
         let heartbeat_ms = self.heartbeat_ms();
         let truncate_lsn = self.truncate_lsn();
         let link = self.links[peer.0].as_mut()?;
@@ -177,7 +199,7 @@ impl Proposer {
                 .entries()
                 .iter()
                 .find(|e| e.start_lsn > begin_lsn && e.tli != tli);
-            let end = next_tli.map_or(wal.end_lsn, |entry| entry.start_lsn.min(wal.end_lsn));
+            let end = next_tli.map_or(end_lsn, |entry| entry.start_lsn.min(end_lsn));
             end.saturating_distance_from(begin_lsn)
                 .min(u64::from(Append::LEN_MAX))
         } else {
@@ -212,7 +234,12 @@ impl Proposer {
             .as_ref()?
             .stream
             .filter(|stream| stream.following)?;
-        self.is_leading().then_some(stream.sent_lsn)
+        self.reigns().then_some(stream.sent_lsn)
+    }
+
+    /// This term is ours, and members follow it.
+    pub(super) fn reigns(&self) -> bool {
+        matches!(self.phase, Phase::Leading | Phase::Promoting(_))
     }
 
     /// Connected peers that have flushed WAL beyond `lsn` in this term, the most advanced first.
@@ -231,10 +258,10 @@ impl Proposer {
         donors.into_iter().map(|(_, peer)| peer).collect()
     }
 
-    /// What every member, and the local disk, has flushed; [`Lsn::INVALID`] while a member is
-    /// unheard in this term.
+    /// What every member (one that is about to become one included), and the local disk, has
+    /// flushed; [`Lsn::INVALID`] while one of them is unheard in this term.
     pub(super) fn truncate_lsn(&self) -> Lsn {
-        let members = self.configuration.all_members();
+        let members = self.configuration.all_members().chain(self.learners());
         let lowest = members
             .map(|member| self.flushed(member.id, member.incarnation))
             .min();

@@ -52,10 +52,15 @@ impl Proposer {
         match self.phase {
             Phase::Greeting { .. } => "greeting",
             Phase::Configuring { .. } => "configuring",
+            Phase::Looking { .. } => "comparing",
             Phase::Voting { .. } => "voting",
-            Phase::Comparing { .. } => "comparing",
-            Phase::Completing { .. } => "completing",
+            Phase::Settling(Settling {
+                stretch: Some(_), ..
+            }) => "comparing",
+            Phase::Settling(_) => "completing",
             Phase::Persisting { .. } => "persisting",
+            Phase::Confirming { .. } => "confirming",
+            Phase::Promoting(_) => "promoting",
             Phase::Leading => "leading",
             Phase::Waiting { .. } => "waiting",
             Phase::Refused => "refused",
@@ -117,17 +122,22 @@ impl Proposer {
             Phase::Greeting { deadline_ms }
             | Phase::Configuring { deadline_ms, .. }
             | Phase::Voting { deadline_ms }
+            | Phase::Confirming { deadline_ms }
+            | Phase::Looking {
+                since_ms: deadline_ms,
+                ..
+            }
             | Phase::Waiting {
                 until_ms: deadline_ms,
                 ..
             }
-            | Phase::Comparing {
+            | Phase::Settling(Settling {
                 retry_ms: Some(deadline_ms),
                 ..
-            } => *deadline_ms = 0,
-            Phase::Comparing { retry_ms: None, .. }
-            | Phase::Completing { .. }
+            }) => *deadline_ms = 0,
+            Phase::Settling(_)
             | Phase::Persisting { .. }
+            | Phase::Promoting(_)
             | Phase::Leading
             | Phase::Refused
             | Phase::Deposed => {}
@@ -137,6 +147,7 @@ impl Proposer {
             link.commit_lsn = Lsn::INVALID;
         }
         self.wait_reason = None;
+        self.n_looks = 0;
         self.random = 1;
     }
 }

@@ -128,6 +128,9 @@ impl Run<'_> {
                 return;
             }
             ProposerAction::Wait(_) => return,
+            ProposerAction::Replay { .. } | ProposerAction::Promote { .. } => {
+                unreachable!("no server is a standby")
+            }
             ProposerAction::Compare {
                 donor,
                 term,
@@ -197,8 +200,13 @@ impl Run<'_> {
             } => {
                 let theirs = &self.world.safekeepers[donor];
                 if theirs.acceptor.term() != term || theirs.flushed < end {
-                    // Postgres gives up starting; it is started again.
-                    return self.stop_worker(server);
+                    let outcome = Completed::Partly {
+                        end_lsn: lsn(begin),
+                        reason: String::new(),
+                    };
+                    return self.drive(server, |proposer, out| {
+                        proposer.on_completed(outcome, NOW_MS, out)
+                    });
                 }
                 let missing = theirs.entries[begin..end].to_vec();
                 self.scope.seen.completed.count();
@@ -212,7 +220,9 @@ impl Run<'_> {
             Task::Completed => {
                 let node = self.world.servers[server].edit();
                 node.flushed = node.entries.len();
-                self.drive(server, |proposer, out| proposer.on_completed(NOW_MS, out));
+                self.drive(server, |proposer, out| {
+                    proposer.on_completed(Completed::Whole, NOW_MS, out)
+                });
             }
             Task::Persist {
                 history,
