@@ -214,6 +214,18 @@ impl Configuration {
         reached.unwrap_or(Lsn::INVALID)
     }
 
+    /// Of the set that is furthest from a majority: how many satisfy `holds`, and how many would
+    /// have to.
+    pub fn short_of_quorum(&self, holds: impl Fn(&Member) -> bool) -> (usize, usize) {
+        let counts = self.sets().map(|set| {
+            let n_holding = set.iter().filter(|member| holds(member)).count();
+            (n_holding, majority(set.len()))
+        });
+        counts
+            .max_by_key(|(n_holding, needed)| needed.saturating_sub(*n_holding))
+            .unwrap_or_default()
+    }
+
     /// Members whose agreement decides, in the larger set if there are two.
     pub fn quorum_size(&self) -> usize {
         self.sets()

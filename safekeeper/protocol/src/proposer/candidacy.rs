@@ -94,8 +94,9 @@ impl Proposer {
             return self.first_configuration().map(Prospect::FirstUse);
         }
         if !self.configuration.has_quorum(|member| self.hears(member)) {
-            let greeted = self.member_links().count();
-            let needed = self.configuration.quorum_size();
+            let (greeted, needed) = self
+                .configuration
+                .short_of_quorum(|member| self.hears(member));
             return Err(WaitReason::NoQuorum { greeted, needed });
         }
         // A promotion means to depose.
@@ -224,7 +225,10 @@ impl Proposer {
             Standing::Standby => self.new_timeline(newest)?,
             _ => self.local.tli,
         };
-        let is_known = claim.history.contains_tli(tli) || self.local.history.contains_tli(tli);
+        // A server that was promoted by hand has begun its timeline without asking anybody.
+        let by_hand = self.local.unled_from.is_some();
+        let is_known =
+            self.local.history.contains_tli(tli) || !by_hand && claim.history.contains_tli(tli);
         if tli <= newest && !is_known {
             return Err(WaitReason::Timeline(format!(
                 "timeline {tli}, which this server has begun, was taken before by a promotion that \

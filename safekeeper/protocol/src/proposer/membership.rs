@@ -234,9 +234,7 @@ impl Proposer {
                 }
                 Step::Stamping => {
                     self.enter(Step::CatchingUp);
-                    for peer in self.peer_indexes() {
-                        self.welcome_learner(peer, now_ms, out);
-                    }
+                    self.greet_learners(now_ms, out);
                 }
                 Step::CatchingUp if !self.learners_are_near() => return,
                 Step::CatchingUp => {
@@ -331,12 +329,14 @@ impl Proposer {
             .any(|(fed, _)| fed == peer)
     }
 
-    fn welcome_learner(&mut self, peer: PeerIdx, now_ms: u64, out: &mut Actions) {
-        let greeting = self.links[peer.0]
-            .as_ref()
-            .and_then(|link| link.greeting.as_ref());
-        if greeting.is_some_and(|greeting| self.is_learner(greeting)) {
-            self.welcome(peer, now_ms, out);
+    /// What a learner said of its log may be long ago: it may have been a member before.
+    fn greet_learners(&mut self, now_ms: u64, out: &mut Actions) {
+        let learners: Vec<PeerIdx> = self
+            .links_of(|greeting| self.is_learner(greeting))
+            .map(|(peer, _)| peer)
+            .collect();
+        for peer in learners {
+            self.greet(peer, now_ms, out);
         }
     }
 
