@@ -541,25 +541,23 @@ impl World {
             return false;
         };
         let (peer, end) = (server.peer(id), server.end);
-        let Some(append) = server.proposer.next_append(
-            peer,
-            LocalWal {
-                end_lsn: end,
-                flush_lsn: end,
-            },
-            now_ms,
-        ) else {
+        let mut wal = LocalWal {
+            end_lsn: end,
+            flush_lsn: end,
+        };
+        let mut source = &server.bytes;
+        // What a standby has not received yet, a member that follows has.
+        let next = server.proposer.next_lsn(peer).unwrap_or(Lsn::INVALID);
+        let donors = server.proposer.donors_for(next);
+        if let Some(donor) = donors.first().filter(|_| next >= end) {
+            let donor = &self.nodes[&server.id(*donor)];
+            (wal.end_lsn, source) = (donor.durable_end, &donor.durable_bytes);
+        }
+        let Some(append) = server.proposer.next_append(peer, wal, now_ms) else {
             return false;
         };
         let range = append.begin_lsn.0..append.begin_lsn.0 + u64::from(append.len);
-        let wal = range.map(|lsn| {
-            server
-                .bytes
-                .0
-                .get(&lsn)
-                .copied()
-                .expect("a byte of local WAL")
-        });
+        let wal = range.map(|lsn| source.0.get(&lsn).copied().expect("a byte of WAL"));
         let wal: Vec<char> = wal.collect();
         let connection = self.connections.get_mut(&(name, id)).expect("a connection");
         connection
