@@ -244,18 +244,22 @@ fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
 fn aligned(rows: &[Vec<String>]) -> String {
     let n_columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |i: usize| {
-        rows.iter()
-            .filter_map(|row| row.get(i).map(String::len))
-            .max()
+        let cells = rows.iter().filter_map(|row| row.get(i));
+        cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
-    let widths: Vec<usize> = (0..n_columns).map(|i| width(i).unwrap_or(0)).collect();
+    let widths: Vec<usize> = (0..n_columns).map(width).collect();
     let mut text = String::new();
     for row in rows {
-        let cells = row.iter().zip(&widths);
-        let line: Vec<String> = cells
-            .map(|(cell, width)| format!("{cell:<width$}"))
-            .collect();
-        let _ = writeln!(text, "{}", line.join("  ").trim_end());
+        let line_start = text.len();
+        for (cell, width) in row.iter().zip(&widths) {
+            // By hand: a width in a format string ends at 65,535 with a panic, and a cell may be
+            // as long as another safekeeper's answer.
+            let n_spaces = width - cell.chars().count() + 2;
+            text.push_str(cell);
+            text.extend(std::iter::repeat_n(' ', n_spaces));
+        }
+        text.truncate(line_start + text[line_start..].trim_end().len());
+        text.push('\n');
     }
     text
 }
@@ -330,5 +334,22 @@ mod tests {
             table.contains("4.1            current  1   sk1:5454"),
             "{table}"
         );
+    }
+
+    #[test]
+    fn a_table_takes_a_cell_of_any_length() {
+        // Another safekeeper's word; and the width of a format string ends at 65,535.
+        let mut long = status();
+        long.clusters[0].name = "é".repeat(70_000);
+        let statuses = [("a".to_owned(), long), ("b".to_owned(), status())];
+        let table = status_table(&statuses);
+        let columns: Vec<usize> = table
+            .lines()
+            .skip(1)
+            .take(2)
+            .map(|line| line.chars().count())
+            .collect();
+        assert_eq!(columns[0], columns[1], "the columns behind it are aligned");
+        assert!(members_table(&statuses).contains(&"é".repeat(70_000)));
     }
 }
