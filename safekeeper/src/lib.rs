@@ -22,6 +22,7 @@ pub mod logging;
 pub mod metrics;
 pub mod pgwire;
 pub mod replication_command;
+pub mod standby_message;
 pub mod startup;
 pub mod status;
 pub mod watch;

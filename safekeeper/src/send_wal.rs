@@ -41,13 +41,13 @@ use crate::consumers::{Attached, ConsumerState};
 use crate::keeper::{Keeper, Reader};
 use crate::pgwire::{ColumnType, ConnectionError, ErrorReport, Filled, Wait};
 use crate::replication_command::ReplicationCommand;
+use crate::standby_message::{
+    STANDBY_MESSAGE_LEN_MAX, StandbyMessage, decode_standby_message, invalid_tag,
+};
 use crate::view::TimelineEnd;
 
 /// Most WAL in one message, in bytes (`MAX_SEND_SIZE`): sixteen pages.
 const SEND_LEN_MAX: u64 = 16 * PAGE_SIZE as u64;
-
-/// Longest message of a streaming consumer, in bytes. A hot-standby feedback has 25.
-const REPLY_LEN_MAX: usize = 1000;
 
 /// Seconds from 1970 to 2000, where Postgres's clock begins.
 const POSTGRES_EPOCH: Duration = Duration::from_secs(946_684_800);
@@ -353,7 +353,7 @@ impl Sender<'_> {
     /// Everything the consumer has said, without waiting.
     fn take_replies(&mut self, connection: &mut Connection) -> Result<(), ConnectionError> {
         while self.receiving {
-            let next = connection.input.next_frame(REPLY_LEN_MAX);
+            let next = connection.input.next_frame(STANDBY_MESSAGE_LEN_MAX);
             let Some(frame) = next.map_err(ConnectionError::Fatal)? else {
                 match connection.input.fill(&connection.socket, Wait::No)? {
                     Filled::Some => continue,
@@ -374,7 +374,7 @@ impl Sender<'_> {
                     false
                 }
                 b'X' => return Err(closed().into()),
-                tag => return Err(bad_reply(tag)),
+                tag => return Err(ConnectionError::Fatal(invalid_tag(tag))),
             };
             if wants_answer {
                 self.keepalive(connection, false);
@@ -385,39 +385,29 @@ impl Sender<'_> {
 
     /// A standby's report. True if it wants an answer.
     fn on_reply(&mut self, body: &[u8]) -> Result<bool, ConnectionError> {
-        let (&tag, fields) = body.split_first().ok_or_else(|| bad_reply(0))?;
-        let number = |i: usize| {
-            let bytes = fields
-                .get(8 * i..8 * i + 8)
-                .and_then(|b| b.first_chunk::<8>());
-            bytes
-                .map(|b| u64::from_be_bytes(*b))
-                .ok_or_else(|| bad_reply(tag))
-        };
-        match tag {
-            b'r' => {
-                // write 8, flush 8, apply 8, time 8, reply requested 1
-                let (write_lsn, flush_lsn, apply_lsn) = (number(0)?, number(1)?, number(2)?);
-                let reply = *fields.get(32).ok_or_else(|| bad_reply(tag))?;
+        match decode_standby_message(body).map_err(ConnectionError::Fatal)? {
+            StandbyMessage::Status {
+                write_lsn,
+                flush_lsn,
+                apply_lsn,
+                reply_requested,
+            } => {
                 // A position beyond what was sent is no report of ours to rely on.
-                let known = |lsn: u64| Lsn(lsn).min(self.sent_lsn);
+                let known = |lsn: Lsn| lsn.min(self.sent_lsn);
                 self.attached.report(|p| {
                     p.write_lsn = known(write_lsn);
                     p.flush_lsn = known(flush_lsn);
                     p.apply_lsn = known(apply_lsn);
                 });
-                Ok(reply != 0)
+                Ok(reply_requested)
             }
-            b'h' => {
-                // time 8, then xmin 4, epoch 4, catalog xmin 4, epoch 4
-                let (xmin, catalog_xmin) = (number(1)?, number(2)?);
+            StandbyMessage::Feedback { xmin, catalog_xmin } => {
                 self.attached.report(|p| {
-                    p.xmin = full_xid(xmin);
-                    p.catalog_xmin = full_xid(catalog_xmin);
+                    p.xmin = xmin;
+                    p.catalog_xmin = catalog_xmin;
                 });
                 Ok(false)
             }
-            tag => Err(bad_reply(tag)),
         }
     }
 
@@ -491,18 +481,6 @@ fn send_end(begin: Lsn, limit: Lsn) -> Lsn {
     }
 }
 
-/// Epoch and transaction id stand the other way round on the wire; 0 means none.
-fn full_xid(wire: u64) -> u64 {
-    let (xid, epoch) = (wire >> 32, wire & 0xFFFF_FFFF);
-    if xid == 0 { 0 } else { epoch << 32 | xid }
-}
-
-fn bad_reply(tag: u8) -> ConnectionError {
-    ConnectionError::Fatal(ErrorReport::protocol(format!(
-        "invalid standby message type 0x{tag:02x}"
-    )))
-}
-
 /// Microseconds since 2000, as Postgres counts.
 fn postgres_time() -> i64 {
     let since_1970 = SystemTime::now()
@@ -534,11 +512,5 @@ mod tests {
                 "{begin}..{limit}"
             );
         }
-    }
-
-    #[test]
-    fn feedback_has_the_epoch_behind_the_transaction_id() {
-        assert_eq!(full_xid(0x0000_0007_0000_0002), 0x0000_0002_0000_0007);
-        assert_eq!(full_xid(0x0000_0000_0000_0002), 0);
     }
 }
