@@ -338,7 +338,7 @@ enum After {
 }
 
 /// The command of a Query message: text and a zero byte.
-fn command_of(body: &[u8]) -> Result<ReplicationCommand, ConnectionError> {
+pub fn command_of(body: &[u8]) -> Result<ReplicationCommand, ConnectionError> {
     let text = body.strip_suffix(&[0]).ok_or_else(|| {
         ConnectionError::Fatal(ErrorReport::protocol("query text is not terminated"))
     })?;

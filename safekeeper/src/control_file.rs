@@ -204,7 +204,8 @@ fn write_whole(file: &dyn DiskFile, bytes: &[u8]) -> Result<(), StorageError> {
     file.sync_all()
 }
 
-fn encode(state: &AcceptorState) -> Vec<u8> {
+/// The bytes of a control file that holds `state`.
+pub fn encode(state: &AcceptorState) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(FILE_LEN);
     bytes.extend(MAGIC);
     bytes.extend(VERSION.to_be_bytes());
@@ -226,7 +227,8 @@ fn encode(state: &AcceptorState) -> Vec<u8> {
     bytes
 }
 
-fn decode(bytes: &[u8], path: &Path) -> Result<AcceptorState, ControlFileError> {
+/// What the bytes of a control file say; `path` is for the error's text.
+pub fn decode(bytes: &[u8], path: &Path) -> Result<AcceptorState, ControlFileError> {
     let damaged = |problem: &str| ControlFileError::Damaged {
         path: path.to_owned(),
         problem: problem.to_owned(),

@@ -172,7 +172,8 @@ pub fn random_incarnation() -> io::Result<Incarnation> {
     Ok(Incarnation(u128::from_be_bytes(bytes)))
 }
 
-fn encode(identity: &Identity) -> Vec<u8> {
+/// The bytes of an identity file.
+pub fn encode(identity: &Identity) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(FILE_LEN);
     bytes.extend(MAGIC);
     bytes.extend(VERSION.to_be_bytes());
@@ -182,7 +183,8 @@ fn encode(identity: &Identity) -> Vec<u8> {
     bytes
 }
 
-fn decode(bytes: &[u8], dir: &Path) -> Result<Identity, DataDirError> {
+/// What the bytes of an identity file say; `dir` is for the error's text.
+pub fn decode(bytes: &[u8], dir: &Path) -> Result<Identity, DataDirError> {
     let damaged = |problem| DataDirError::Damaged {
         dir: dir.to_owned(),
         problem,

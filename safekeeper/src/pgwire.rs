@@ -208,22 +208,36 @@ impl Input {
 
     /// Receive once.
     pub fn fill(&mut self, socket: &TcpStream, wait: Wait) -> io::Result<Filled> {
-        let room = self.make_room();
         let flags = match wait {
             Wait::Yes => RecvFlags::empty(),
             Wait::No => RecvFlags::DONTWAIT,
         };
-        loop {
-            return match rustix::net::recv(socket, &mut self.buffer[room.clone()], flags) {
-                Ok((0, _)) => Ok(Filled::Closed),
-                Ok((n, _)) => {
-                    self.end += n;
-                    Ok(Filled::Some)
+        self.fill_with(|room| {
+            loop {
+                match rustix::net::recv(socket, &mut *room, flags) {
+                    Err(rustix::io::Errno::INTR) => {}
+                    Err(errno) => return Err(errno.into()),
+                    Ok((n, _)) => return Ok(n),
                 }
-                Err(rustix::io::Errno::INTR) => continue,
-                Err(rustix::io::Errno::AGAIN) => Ok(Filled::Nothing),
-                Err(errno) => Err(errno.into()),
-            };
+            }
+        })
+    }
+
+    /// Take in what `receive` puts at the front of the room it is given: so many bytes, 0 for the
+    /// end of the stream. Tests speak to a decoder through this, without a socket.
+    pub fn fill_with(
+        &mut self,
+        receive: impl FnOnce(&mut [u8]) -> io::Result<usize>,
+    ) -> io::Result<Filled> {
+        let room = self.make_room();
+        match receive(&mut self.buffer[room]) {
+            Ok(0) => Ok(Filled::Closed),
+            Ok(n) => {
+                self.end += n;
+                Ok(Filled::Some)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Filled::Nothing),
+            Err(error) => Err(error),
         }
     }
 
