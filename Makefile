@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 PG_CONFIG ?= /usr/lib/postgresql/15/bin/pg_config
 export PG_CONFIG
 
-.PHONY: help demo demo-stop test soak check install
+.PHONY: help demo demo-stop test soak fuzz check install
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -21,6 +21,9 @@ test: ## everything: lints, unit tests, tests on real clusters
 
 soak: ## SEEDS=100000 simulated clusters, fresh ones; takes hours
 	@scripts/soak
+
+fuzz: ## search for bytes that a decoder does not survive, SECONDS_EACH=600
+	@scripts/fuzz
 
 check: ## formatting and lints only
 	@scripts/install-deps && scripts/check

@@ -1,0 +1,3 @@
+#![no_main]
+
+safekeeper_fuzz::fuzz!(timeline_history);
