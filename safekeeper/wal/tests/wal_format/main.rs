@@ -3,4 +3,5 @@
 mod damage;
 mod decoding;
 mod end_of_log;
+mod properties;
 mod support;
