@@ -14,9 +14,10 @@ use safekeeper_protocol::{
     Term, TermEntry, TermHistory, TimelineFile, Tli, VoteRequest, VoteResponse,
 };
 
-/// A decoded message takes at most so many times its bytes on the wire: an empty timeline file is
-/// 8 bytes there and 32 in memory, and everything else grows by less.
-const HEAP_PER_BYTE: u64 = 4;
+/// Decoding takes at most so many times the bytes of the message, even if it is refused in the end.
+/// The list of timeline files costs four times what is there for it, an entry being at least 8
+/// bytes on the wire and 32 in memory; and then come the contents. All else grows by less.
+const HEAP_PER_BYTE: u64 = 5;
 
 pub fn check(input: &[u8]) {
     let heap_max = HEAP_PER_BYTE * input.len() as u64;

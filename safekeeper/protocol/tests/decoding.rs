@@ -153,7 +153,8 @@ fn configuration() -> impl Strategy<Value = Configuration> {
 
 /// Sorted numbers make one that goes forward.
 fn history() -> impl Strategy<Value = TermHistory> {
-    vec((1u64..1 << 40, 0u32..3, any::<u32>()), 0..40).prop_map(|steps| {
+    let steps = vec((1u64..1 << 40, 0u32..3, any::<u32>()), 0..40);
+    (steps, 0u32..3).prop_map(|(steps, more_tlis)| {
         let (mut term, mut tli, mut lsn) = (0, 1, 0);
         let entries = steps.into_iter().map(|(terms, tlis, bytes)| {
             term += terms;
@@ -165,7 +166,9 @@ fn history() -> impl Strategy<Value = TermHistory> {
                 start_lsn: Lsn(lsn),
             }
         });
-        TermHistory::new(entries.collect()).expect("it goes forward")
+        let history = TermHistory::new(entries.collect()).expect("it goes forward");
+        let newest_tli = Tli(history.newest_tli().0 + more_tlis);
+        history.with_newest_tli(newest_tli)
     })
 }
 

@@ -6,7 +6,8 @@
 
 use safekeeper_protocol::codec::encode_proposer_message;
 use safekeeper_protocol::{
-    Compared, Completed, Lsn, PeerIdx, Proposer, ProposerAction, ProposerMessage, Read, Term, WaitReason,
+    Compared, Completed, Lsn, PeerIdx, Proposer, ProposerAction, ProposerMessage, Read, Term,
+    WaitReason,
 };
 use safekeeper_wal::PAGE_SIZE;
 
