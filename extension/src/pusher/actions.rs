@@ -39,7 +39,8 @@ impl Pusher {
                 end_lsn,
             }),
             // Only a proposer that stands before recovery, or for a standby, may ask for them.
-            ProposerAction::Complete { .. }
+            ProposerAction::NothingToRecover
+            | ProposerAction::Complete { .. }
             | ProposerAction::Replay { .. }
             | ProposerAction::Promote { .. } => postgres::error(
                 PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,

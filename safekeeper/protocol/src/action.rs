@@ -81,6 +81,9 @@ pub enum ProposerAction {
         history: TermHistory,
         configuration: Configuration,
     },
+    /// No quorum was ever configured for this cluster: there is nothing to recover from it, nor a
+    /// standby of it to promote. Final for this proposer; a server that runs configures one.
+    NothingToRecover,
     /// Wait until the standby has replayed WAL up to `end_lsn`, where the quorum's log ends, and no
     /// further; then tell [`Proposer::on_replayed`](crate::Proposer::on_replayed). A standby that
     /// has replayed more must not be promoted: it holds what the quorum does not.

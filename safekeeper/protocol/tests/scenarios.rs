@@ -758,6 +758,9 @@ impl World {
                     };
                     server.proposer.on_completed(outcome, now_ms, &mut more);
                 }
+                ProposerAction::NothingToRecover => {
+                    let _ = writeln!(self.out, "|   {name} has nothing to recover");
+                }
                 ProposerAction::Replay { end_lsn } => {
                     let _ = writeln!(self.out, "|   {name} is to replay up to {end_lsn}");
                     let server = self.servers.get_mut(&name).expect("a started server");

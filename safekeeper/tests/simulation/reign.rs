@@ -149,6 +149,13 @@ impl Cluster {
             ProposerAction::Lead { term, start_lsn } => self.lead(idx, term, start_lsn),
             ProposerAction::Commit(lsn) => self.commit(idx, lsn),
             ProposerAction::Wait(reason) => self.wait(idx, &reason),
+            ProposerAction::NothingToRecover => {
+                let mut random = self.random.fork();
+                self.unchecked
+                    .extend(self.servers[idx].recover(&mut random));
+                self.flush_later(idx);
+                self.restart_worker(idx);
+            }
             ProposerAction::Replay { .. } | ProposerAction::Promote { .. } => {
                 unreachable!("no server is a standby")
             }

@@ -6,12 +6,14 @@
 //! votes show may differ from what the greetings showed; so everything is decided anew by them.
 
 use super::*;
-use crate::Tli;
+use crate::{Tli, majority};
 
 /// What the greetings make of this proposer's chances.
 enum Prospect {
     /// No quorum yet: write this first configuration.
     FirstUse(Configuration),
+    /// No quorum yet, and it is not for a start to make one.
+    NothingToRecover,
     /// Ask for votes.
     Stand,
     /// Compare bytes first.
@@ -79,6 +81,10 @@ impl Proposer {
     pub(super) fn evaluate(&mut self, now_ms: u64, out: &mut Actions) {
         match self.look_before_the_leap() {
             Ok(Prospect::FirstUse(configuration)) => self.configure_all(configuration, now_ms, out),
+            Ok(Prospect::NothingToRecover) => {
+                self.end_reign(Phase::Refused);
+                out.push(ProposerAction::NothingToRecover);
+            }
             Ok(Prospect::Stand) => self.ask_for_votes(now_ms, out),
             Ok(Prospect::Compare(look)) => self.look(look, now_ms, out),
             // Too few so far; more may be on their way.
@@ -91,17 +97,16 @@ impl Proposer {
     fn look_before_the_leap(&mut self) -> Result<Prospect, WaitReason> {
         self.adopt_configuration()?;
         if self.configuration.is_none() || self.configuration.is_provisional() {
-            return self.first_configuration().map(Prospect::FirstUse);
+            return match self.standing {
+                Standing::Running => self.first_configuration().map(Prospect::FirstUse),
+                Standing::BeforeRecovery | Standing::Standby => self.no_quorum_yet(),
+            };
         }
         if !self.configuration.has_quorum(|member| self.hears(member)) {
             let (greeted, needed) = self
                 .configuration
                 .short_of_quorum(|member| self.hears(member));
             return Err(WaitReason::NoQuorum { greeted, needed });
-        }
-        // A promotion means to depose.
-        if let Some(term) = self.rival().filter(|_| self.standing != Standing::Standby) {
-            return Err(WaitReason::Rival { term });
         }
         let greetings = self
             .member_links()
@@ -122,6 +127,10 @@ impl Proposer {
             Verdict::Lead(claim) | Verdict::Complete { claim, .. } => claim,
             Verdict::Refuse(divergence) => return Err(WaitReason::Diverged(divergence)),
         };
+        // A promotion means to depose.
+        if let Some(term) = self.rival().filter(|_| self.standing != Standing::Standby) {
+            return Err(WaitReason::Rival { term });
+        }
         self.next_term()
             .and_then(|term| self.new_history(&claim, term))?;
         Ok(match self.to_compare(&claim, log) {
@@ -132,6 +141,18 @@ impl Proposer {
                 stretch,
             }),
         })
+    }
+
+    /// The first configuration is written by a server that runs: every listed safekeeper must be
+    /// there for it, and to recover only a majority of them.
+    fn no_quorum_yet(&self) -> Result<Prospect, WaitReason> {
+        let greeted = self.links.iter().flatten();
+        let greeted = greeted.filter(|link| link.greeting.is_some()).count();
+        let needed = majority(self.links.len());
+        if greeted < needed {
+            return Err(WaitReason::NoQuorum { greeted, needed });
+        }
+        Ok(Prospect::NothingToRecover)
     }
 
     /// What of the local log has not been found equal to the donor's yet.

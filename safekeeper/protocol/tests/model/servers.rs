@@ -128,6 +128,11 @@ impl Run<'_> {
                 return;
             }
             ProposerAction::Wait(_) => return,
+            ProposerAction::NothingToRecover => {
+                self.stop_worker(server);
+                self.world.servers[server].edit().up = true;
+                return self.start(server);
+            }
             ProposerAction::Replay { .. } | ProposerAction::Promote { .. } => {
                 unreachable!("no server is a standby")
             }
