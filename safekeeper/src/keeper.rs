@@ -386,7 +386,8 @@ impl Keeper {
     /// For reading files without the keeper.
     pub fn reader(&self) -> Reader {
         let view = self.view();
-        let files = WalReader::new(self.disk.clone(), &self.cluster, &view.state.history);
+        let (disk, history) = (self.disk.clone(), &view.state.history);
+        let files = WalReader::new(disk, &self.cluster, history, view.timeline_files());
         Reader {
             files: files.expect("the WAL of this cluster was opened, so its shape is supported"),
             view,
@@ -430,8 +431,9 @@ impl Keeper {
         out: &mut Vec<u8>,
     ) -> Result<(), ReadError> {
         let view = self.view();
-        if view.state.history != reader.view.state.history {
-            reader.files.set_history(&view.state.history);
+        if !view.same_timelines(&reader.view) {
+            let files = view.timeline_files();
+            reader.files.set_history(&view.state.history, files);
         }
         reader.view = view;
         let start = out.len();

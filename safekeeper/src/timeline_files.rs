@@ -12,8 +12,8 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use safekeeper_protocol::{TimelineFile, Tli};
-use safekeeper_wal::{TimelineHistory, history_file_name, parse_history_file_name};
+use safekeeper_protocol::{Lsn, TimelineFile, Tli};
+use safekeeper_wal::{TimelineHistory, TimelineSwitch, history_file_name, parse_history_file_name};
 
 use crate::disk::{Disk, StorageError};
 use crate::segment::Timelines;
@@ -42,13 +42,7 @@ impl TimelineFiles {
 
     /// What the page headers of a log over `timelines` must say.
     pub fn expected(&self, timelines: &Timelines) -> TimelineHistory {
-        // A file that is older than the log's last switch can't tell about it. By the rules of the
-        // protocol the file comes first; if it did not, our own knowledge has to do.
-        let known = self.newest.as_ref().filter(|newest| {
-            let last = timelines.last().unwrap_or(Tli(1));
-            newest.tli >= last.0
-        });
-        known.cloned().unwrap_or_else(|| timelines.to_history())
+        expected(self.newest.as_ref(), timelines)
     }
 
     /// Makes `files` the ones that are there, newest first. Others stay only if the newest of
@@ -126,6 +120,35 @@ impl TimelineFiles {
     }
 }
 
+/// What the page headers of a log over `timelines` must say, to which these files belong, the newest
+/// first.
+pub fn expected_timelines(files: &[TimelineFile], timelines: &Timelines) -> TimelineHistory {
+    expected(files.first().and_then(parse).as_ref(), timelines)
+}
+
+fn expected(newest: Option<&TimelineHistory>, timelines: &Timelines) -> TimelineHistory {
+    let own = timelines.to_history();
+    // A file that is older than the log's last switch can't tell about it. By the rules of the
+    // protocol the file comes first; if it did not, our own knowledge has to do.
+    let Some(newest) = newest.filter(|newest| newest.tli >= own.tli) else {
+        return own;
+    };
+    // Of the switches within the log the control file knows too, and it has a checksum. A history
+    // file has none, and one flipped bit must not make sound WAL look damaged.
+    let mut switches = own.ancestors.iter();
+    let agrees = |switch: &TimelineSwitch| {
+        let before = Lsn(switch.end_lsn.0.saturating_sub(1));
+        [before, switch.end_lsn]
+            .iter()
+            .all(|lsn| newest.tli_at(*lsn) == own.tli_at(*lsn))
+    };
+    if switches.all(agrees) {
+        newest.clone()
+    } else {
+        own
+    }
+}
+
 /// What a file says; none if it says nothing a server would write. Then pages are checked by what
 /// the term history tells.
 fn parse(file: &TimelineFile) -> Option<TimelineHistory> {
@@ -143,7 +166,6 @@ fn parse(file: &TimelineFile) -> Option<TimelineHistory> {
 mod tests {
     use super::*;
     use crate::disk::RealDisk;
-    use safekeeper_protocol::Lsn;
 
     fn file(tli: u32, content: &str) -> TimelineFile {
         TimelineFile {
@@ -195,6 +217,13 @@ mod tests {
         // An older file says nothing about a newer timeline.
         timelines.go_on(Tli(3), Lsn(0x300_0000));
         assert_eq!(files.expected(&timelines).tli_at(Lsn(0x300_0000)), 3);
+        // One that contradicts what the control file knows of the log has decayed.
+        timelines.go_on(Tli(4), Lsn(0x400_0000));
+        let decayed = "1\t0/2000100\tx\n2\t0/3000000\tx\n3\t0/4800000\tx\n";
+        files.replace(&[file(4, decayed)]).unwrap();
+        assert_eq!(files.expected(&timelines).tli_at(Lsn(0x400_0000)), 4);
+        assert_eq!(files.expected(&timelines).tli_at(Lsn(0x3FF_FFFF)), 3);
+        timelines.cut(Lsn(0x400_0000));
         // One that can't be read is kept for whoever asks, and not believed.
         files.replace(&[file(3, "nonsense")]).unwrap();
         assert_eq!(files.expected(&timelines).tli_at(Lsn(0x300_0000)), 3);

@@ -46,6 +46,16 @@ impl View {
         shown.or(entries.first()).map_or(Tli(1), |entry| entry.tli)
     }
 
+    /// All history files, the newest first.
+    pub fn timeline_files(&self) -> &[TimelineFile] {
+        &self.timeline_files
+    }
+
+    /// WAL is found and checked as with the other.
+    pub fn same_timelines(&self, other: &View) -> bool {
+        self.state.history == other.state.history && self.timeline_files == other.timeline_files
+    }
+
     /// The history file of a timeline, as Postgres wrote it. Timeline 1 has none.
     pub fn timeline_file(&self, tli: Tli) -> Option<&TimelineFile> {
         self.timeline_files.iter().find(|file| file.tli == tli)

@@ -3,7 +3,7 @@
 //! The caller knows how far it may read (`commit_lsn`, or `flush_lsn` for a proposer that reads
 //! from its donor); this file sees to it that what it gets is WAL, and the WAL of that place:
 //!
-//! * every byte goes through a decoder: page addresses, the chain of records, checksums. What has
+//! * every byte goes through a decoder: page headers, the chain of records, checksums. What has
 //!   decayed on disk is an error, and is not served. A record that comes in several reads is
 //!   checked with its last byte.
 //! * a segment may be removed, and its file filled with zeros for another use, while it is being
@@ -17,11 +17,12 @@
 
 use std::sync::Arc;
 
-use safekeeper_protocol::{ClusterIdentity, Lsn, TermHistory};
-use safekeeper_wal::{PAGE_SIZE, WalDecoder, WalError, WalFormat};
+use safekeeper_protocol::{ClusterIdentity, Lsn, TermHistory, TimelineFile};
+use safekeeper_wal::{PAGE_SIZE, TimelineHistory, WalDecoder, WalError, WalFormat};
 
 use crate::disk::{Disk, StorageError};
 use crate::segment::{SegmentDir, SegmentReader, Timelines, UnsupportedCluster, wal_format};
+use crate::timeline_files::expected_timelines;
 
 /// Why WAL can't be had.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +43,8 @@ pub struct WalReader {
     format: WalFormat,
     segments: SegmentDir,
     source: SegmentReader,
+    /// What page headers must say.
+    expected: TimelineHistory,
     /// Has taken in all up to where the last read ended. None before the first.
     decoder: Option<WalDecoder>,
     /// For what must be decoded and is not asked for.
@@ -50,26 +53,33 @@ pub struct WalReader {
 
 impl WalReader {
     /// `history` is the log's at this moment: it tells in which timeline's files to look.
+    /// `timeline_files`, the newest first, tell with it of which timeline a page must be.
     pub fn new(
         disk: Arc<dyn Disk>,
         cluster: &ClusterIdentity,
         history: &TermHistory,
+        timeline_files: &[TimelineFile],
     ) -> Result<WalReader, UnsupportedCluster> {
         let format = wal_format(cluster)?;
         let segments = SegmentDir::new(disk, &format);
-        let source = SegmentReader::new(segments.clone(), Timelines::new(history));
+        let timelines = Timelines::new(history);
+        let expected = expected_timelines(timeline_files, &timelines);
+        let source = SegmentReader::new(segments.clone(), timelines);
         Ok(WalReader {
             format,
             segments,
             source,
+            expected,
             decoder: None,
             lead: Vec::new(),
         })
     }
 
-    /// The log's history is another one now.
-    pub fn set_history(&mut self, history: &TermHistory) {
-        self.source = SegmentReader::new(self.segments.clone(), Timelines::new(history));
+    /// The log's history is another one now, or the files are.
+    pub fn set_history(&mut self, history: &TermHistory, timeline_files: &[TimelineFile]) {
+        let timelines = Timelines::new(history);
+        self.expected = expected_timelines(timeline_files, &timelines);
+        self.source = SegmentReader::new(self.segments.clone(), timelines);
         self.decoder = None;
     }
 
@@ -94,7 +104,9 @@ impl WalReader {
     /// Begins to decode at `start`, a page's.
     fn read_anew(&mut self, begin: Lsn, start: Lsn, buffer: &mut [u8]) -> Result<(), ReadError> {
         self.source.close();
-        self.decoder = Some(WalDecoder::new(self.format, start));
+        let mut decoder = WalDecoder::new(self.format, start);
+        decoder.expect_timelines(self.expected.clone());
+        self.decoder = Some(decoder);
         let mut lead = std::mem::take(&mut self.lead);
         let mut lsn = start;
         while lsn < begin {

@@ -111,7 +111,8 @@ impl LogDir {
     }
 
     pub fn reader(&self) -> WalReader {
-        WalReader::new(self.disk.clone(), &cluster(), &self.state.history).expect("supported")
+        let (disk, history) = (self.disk.clone(), &self.state.history);
+        WalReader::new(disk, &cluster(), history, &[]).expect("supported")
     }
 
     /// What a consumer gets.
