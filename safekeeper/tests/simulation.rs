@@ -23,6 +23,9 @@ mod connections;
 mod consumer;
 #[path = "simulation/disk.rs"]
 mod disk;
+#[cfg(not(feature = "mutations"))]
+#[path = "simulation/expected_log.rs"]
+mod expected_log;
 #[path = "simulation/faults.rs"]
 mod faults;
 #[path = "simulation/network.rs"]
