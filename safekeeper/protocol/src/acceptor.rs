@@ -300,7 +300,12 @@ impl Acceptor {
         out: &mut Vec<AcceptorAction>,
     ) -> Handled {
         self.assert_flushed();
-        self.check_membership()?;
+        // A candidate that goes by a later configuration knows better whether we are a member: ours
+        // may be from when we were a learner.
+        let ours = &self.state.configuration;
+        if ours.is_none() || request.configuration_version <= ours.version {
+            self.check_membership()?;
+        }
         let granted = request.term > self.state.term
             && request.configuration_version >= self.state.configuration.version;
         if granted {

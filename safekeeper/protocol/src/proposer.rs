@@ -269,9 +269,12 @@ pub struct Proposer {
     history: TermHistory,
     commit_lsn: Lsn,
     links: Vec<Option<Link>>,
-    /// What of the local log has been found equal to the quorum's.
+    /// What of the local log has been found equal to the quorum's, and different from it.
     compared: Option<Stretch>,
+    differed: Option<Stretch>,
     n_looks: usize,
+    /// Highest end of WAL that was sent to anybody in this term.
+    sent_lsn: Lsn,
     /// What members have acknowledged: kept over reconnects, for this term and incarnation only.
     acknowledged: BTreeMap<(MemberId, Incarnation), Lsn>,
     /// The local WAL's end on the local disk, as last told.
@@ -309,6 +312,8 @@ impl Proposer {
             commit_lsn: Lsn::INVALID,
             links,
             compared: None,
+            differed: None,
+            sent_lsn: Lsn::INVALID,
             n_looks: 0,
             acknowledged: BTreeMap::new(),
             local_flush_lsn: Lsn::INVALID,
@@ -335,9 +340,14 @@ impl Proposer {
         proposer
     }
 
-    /// What [`Self::elected`] needs, once this proposer leads.
-    pub fn won_term(&self) -> Option<WonTerm> {
-        self.is_leading().then(|| WonTerm {
+    /// What [`Self::elected`] needs, once this proposer leads; which it does no more then, since
+    /// there must not be two in one term.
+    pub fn hand_over(&mut self) -> Option<WonTerm> {
+        if !self.is_leading() {
+            return None;
+        }
+        self.end_reign(Phase::Refused);
+        Some(WonTerm {
             term: self.term,
             history: self.history.clone(),
             configuration: self.configuration.clone(),

@@ -247,7 +247,7 @@ fn a_late_grant_of_an_earlier_attempt_ends_nothing() {
 }
 
 #[test]
-fn a_reign_interrupted_by_a_newer_configuration_is_given_up_to_stand_again() {
+fn a_later_configuration_of_an_older_term_is_replaced_by_ours() {
     let (mut p, mut out) = leading();
     for peer in [P1, P2] {
         p.on_message(peer, &flushed(3, 0x10_0100), 1, &mut out);
@@ -255,25 +255,39 @@ fn a_reign_interrupted_by_a_newer_configuration_is_given_up_to_stand_again() {
         p.on_message(peer, &flushed(3, 0x10_0200), 3, &mut out);
     }
     assert_eq!(p.commit_lsn(), Lsn(0x10_0200));
-    // A newer configuration of the same members turns up: stand again.
-    let newer = Configuration {
+    // One that a change of members had left on 3 before we were elected, and nowhere else.
+    let later = Configuration {
         version: ConfigurationVersion {
             term: Term(2),
             generation: 1,
         },
+        new_members: Some(vec![member(1, 1), member(4, 4)]),
         ..configuration()
     };
     p.on_connected(P3, 4, &mut out);
+    out.clear();
     p.on_message(
         P3,
-        &greeting(3, 2, &[(2, 0x10_0000)], 0x10_0100, newer.clone()),
+        &greeting(3, 2, &[(2, 0x10_0000)], 0x10_0100, later),
         4,
         &mut out,
     );
-    // The log has grown since this proposer was made: only a new one knows where it ends.
-    assert!(!p.is_leading());
-    assert_eq!(out.last(), Some(&ProposerAction::StandAgain));
-    assert_eq!(p.next_append(P1, wal(0x10_0300), 5), None);
+    assert!(p.is_leading());
+    let ours = ConfigurationVersion {
+        term: Term(3),
+        generation: 1,
+    };
+    assert_eq!(p.configuration().version, ours);
+    assert!(p.configuration().same_members(&configuration()));
+    let told = |action: &ProposerAction| match action {
+        ProposerAction::Send {
+            to,
+            message: ProposerMessage::Configure(configure),
+        } => (configure.configuration.version == ours).then_some(*to),
+        _ => None,
+    };
+    let told: Vec<PeerIdx> = out.iter().filter_map(told).collect();
+    assert_eq!(told, [P1, P2, P3]);
 }
 
 #[test]
@@ -517,4 +531,189 @@ fn a_new_term_is_above_the_local_history() {
         "asks for {} below its own log's term 7",
         p.term()
     );
+}
+
+fn greet(
+    p: &mut Proposer,
+    id: u64,
+    term: u64,
+    log: &[(u64, u64)],
+    flush: u64,
+    now: u64,
+    out: &mut Vec<ProposerAction>,
+) {
+    let peer = PeerIdx(id as usize - 1);
+    p.on_message(
+        peer,
+        &greeting(id, term, log, flush, configuration()),
+        now,
+        out,
+    );
+}
+
+/// Between its vote for B in term 5 and B's Elected of term 5 acceptor 1 greets A with its old
+/// log. A compares with it "in term 5"; meanwhile B cuts that log and writes, in term 5. The read is
+/// granted, the bytes differ, and A never stands again, although B dies and A's log is the quorum's.
+#[test]
+fn a_log_that_changed_within_the_term_is_no_difference() {
+    let mut donor = Acceptor::new(
+        MemberId(1),
+        Incarnation(1),
+        AcceptorState {
+            cluster: cluster(),
+            term: Term(5),
+            configuration: configuration(),
+            history: history(&[(1, 10)]),
+            commit_lsn: Lsn(20),
+        },
+        Lsn(50),
+    );
+    let mut out = Vec::new();
+    let mut a = proposer(local(&[(1, 10)], 50));
+    for peer in 0..3 {
+        a.on_connected(PeerIdx(peer), 0, &mut out);
+    }
+    let mut answers = Vec::new();
+    donor
+        .on_greeting(
+            &ProposerGreeting {
+                proposer_id: A,
+                cluster: cluster(),
+            },
+            0,
+            &mut answers,
+        )
+        .unwrap();
+    let AcceptorAction::Send(message) = &answers[0] else {
+        panic!()
+    };
+    a.on_message(PeerIdx(0), message, 0, &mut out);
+    greet(&mut a, 2, 5, &[(1, 10)], 50, 0, &mut out);
+    let asked = out.iter().find_map(|action| match action {
+        ProposerAction::Compare {
+            donor,
+            term,
+            begin_lsn,
+            end_lsn,
+        } => Some((*donor, *term, *begin_lsn, *end_lsn)),
+        _ => None,
+    });
+    assert_eq!(asked, Some((PeerIdx(0), Term(5), Lsn(10), Lsn(50))));
+    // B, of its own term 4 from 30 on, takes over 1 in term 5.
+    let b = Session {
+        id: 9,
+        proposer_id: ProposerId(0xB),
+    };
+    let mut acts = Vec::new();
+    donor
+        .on_elected(
+            b,
+            &Elected {
+                configuration_version: version(),
+                term: Term(5),
+                history: history(&[(1, 10), (5, 30)]),
+                start_lsn: Lsn(30),
+                timeline_files: vec![],
+            },
+            1,
+            &mut acts,
+        )
+        .unwrap();
+    assert!(
+        acts.iter()
+            .any(|x| matches!(x, AcceptorAction::Truncate { .. }))
+    );
+    donor
+        .on_append(
+            b,
+            &Append {
+                configuration_version: version(),
+                term: Term(5),
+                tli: Tli(1),
+                begin_lsn: Lsn(30),
+                len: 20,
+                commit_lsn: Lsn(0),
+                truncate_lsn: Lsn(0),
+                reply_requested: false,
+            },
+            1,
+            &mut acts,
+        )
+        .unwrap();
+    donor.on_flushed(Lsn(50), &mut acts);
+    assert_eq!((donor.term(), donor.flush_lsn()), (Term(5), Lsn(50))); // so a Read of term 5 is answered
+    a.on_compared(Compared::Differs { at: Lsn(30) }, 2, &mut out);
+    // 1 and B are gone for good. 2 and 3 hold A's log.
+    a.on_disconnected(PeerIdx(0), 3);
+    out.clear();
+    for now in [2_000, 20_000, 40_000] {
+        a.on_tick(now, &mut out);
+        greet(&mut a, 2, 5, &[(1, 10)], 50, now, &mut out);
+        greet(&mut a, 3, 5, &[(1, 10)], 50, now, &mut out);
+    }
+    assert_ne!(a.state_name(), "refused", "{out:?}");
+}
+
+/// A safekeeper that claims an end far beyond what was ever written, under our own term, is
+/// believed: it counts for commits, and as a learner ends the worker by an overflow.
+#[test]
+fn a_learner_that_claims_an_impossible_end() {
+    let mut out = Vec::new();
+    let mut a = proposer(local(&[(1, 10)], 50));
+    for peer in 0..3 {
+        a.on_connected(PeerIdx(peer), 0, &mut out);
+    }
+    for id in 1..=2 {
+        greet(&mut a, id, 1, &[(1, 10)], 50, 0, &mut out);
+    }
+    a.on_compared(Compared::Equal, 0, &mut out);
+    for id in 0..2 {
+        a.on_message(PeerIdx(id), &vote(2, &[(1, 10)], 50), 0, &mut out);
+    }
+    a.on_history_persisted(0, &mut out);
+    assert!(a.is_leading());
+    for id in 0..2 {
+        a.on_message(PeerIdx(id), &flushed(2, 50), 0, &mut out);
+    }
+    let four = a.add_peer(PeerAddress {
+        host: "sk4".into(),
+        port: 1,
+    });
+    a.on_connected(four, 0, &mut out);
+    a.change_members(
+        (1..=4).map(|id| member(id, id.into())).collect(),
+        Lsn(0),
+        0,
+        &mut out,
+    )
+    .unwrap();
+    let stamped = a.configuration().clone();
+    for id in 0..2 {
+        a.on_message(
+            PeerIdx(id),
+            &AcceptorMessage::ConfigureResponse(ConfigureResponse {
+                term: Term(2),
+                configuration: stamped.clone(),
+                flush_lsn: Lsn(50),
+            }),
+            0,
+            &mut out,
+        );
+    }
+    assert_eq!(a.change_step(), Some("catching up"));
+    let end = u64::MAX - 1;
+    a.on_message(
+        four,
+        &greeting(4, 2, &[(1, 10), (2, 50)], end, stamped.clone()),
+        0,
+        &mut out,
+    );
+    let mut answer = flushed(2, end);
+    if let AcceptorMessage::AppendResponse(r) = &mut answer {
+        r.configuration_version = stamped.version;
+    }
+    a.on_message(four, &answer, 0, &mut out);
+    let claims = |action: &ProposerAction| matches!(action, ProposerAction::Disconnect { peer, reason } if *peer == four && reason.contains("never sent"));
+    assert!(out.iter().any(claims), "{out:?}");
+    assert_eq!(a.commit_lsn(), Lsn(50));
 }

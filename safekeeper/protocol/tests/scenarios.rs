@@ -202,6 +202,7 @@ impl World {
             ["unreadable", name] => self.server(letter(name)).unreadable = true,
             ["readable", name] => self.server(letter(name)).unreadable = false,
             ["node", id] => {
+                self.changed = true;
                 let id: u64 = id.parse().expect("a number");
                 self.make_node(id, u128::from(id));
             }
@@ -377,7 +378,7 @@ impl World {
         }
         let (mut actions, now_ms) = (Vec::new(), self.now_ms);
         let server = self.server(name);
-        let won = server.proposer.won_term().expect("a start that leads");
+        let won = server.proposer.hand_over().expect("a start that leads");
         let local = LocalLog {
             end_lsn: server.end,
             ..server.local.clone()
@@ -549,7 +550,11 @@ impl World {
         // What a standby has not received yet, a member that follows has.
         let next = server.proposer.next_lsn(peer).unwrap_or(Lsn::INVALID);
         let donors = server.proposer.donors_for(next);
-        if let Some(donor) = donors.first().filter(|_| next >= end) {
+        let has_it = |donor: &&PeerIdx| {
+            let donor = &self.nodes[&server.id(**donor)];
+            next >= end && donor.durable_bytes.0.contains_key(&next.0)
+        };
+        if let Some(donor) = donors.iter().find(has_it) {
             let donor = &self.nodes[&server.id(*donor)];
             (wal.end_lsn, source) = (donor.durable_end, &donor.durable_bytes);
         }
@@ -718,25 +723,30 @@ impl World {
                 }
                 ProposerAction::Compare {
                     donor,
+                    term,
                     begin_lsn,
                     end_lsn,
-                    ..
                 } => {
                     let id = self.servers[&name].id(donor);
                     let _ = writeln!(
                         self.out,
                         "|   {name} compares {begin_lsn}..{end_lsn} with {id}"
                     );
-                    let outcome = self.compare(name, id, begin_lsn, end_lsn);
+                    let outcome = match self.stands_in(id, term) {
+                        true => self.compare(name, id, begin_lsn, end_lsn),
+                        false => Compared::Unavailable {
+                            reason: "donor's term moved on".into(),
+                        },
+                    };
                     self.server(name)
                         .proposer
                         .on_compared(outcome, now_ms, &mut more);
                 }
                 ProposerAction::Complete {
                     donor,
+                    term,
                     begin_lsn,
                     end_lsn,
-                    ..
                 } => {
                     let id = self.servers[&name].id(donor);
                     let _ = writeln!(
@@ -746,8 +756,9 @@ impl World {
                     let node = &self.nodes[&id];
                     let range = node.bytes.0.range(begin_lsn.0..end_lsn.0);
                     let missing: Vec<(u64, char)> = range.map(|(lsn, w)| (*lsn, *w)).collect();
+                    let stands = self.stands_in(id, term);
                     let server = self.server(name);
-                    let outcome = if server.unreadable {
+                    let outcome = if server.unreadable || !stands {
                         let reason = "connection refused".into();
                         let end_lsn = begin_lsn;
                         Completed::Partly { end_lsn, reason }
@@ -831,6 +842,12 @@ impl World {
         longest
             .map(|node| node.durable_bytes.0.clone())
             .unwrap_or_default()
+    }
+
+    /// A read is answered only in the term it was asked in (W4).
+    fn stands_in(&self, id: u64, term: Term) -> bool {
+        let acceptor = self.nodes[&id].acceptor.as_ref();
+        acceptor.is_some_and(|acceptor| acceptor.term() == term)
     }
 
     fn compare(&self, name: char, donor: u64, begin: Lsn, end: Lsn) -> Compared {

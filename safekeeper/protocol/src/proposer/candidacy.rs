@@ -71,6 +71,9 @@ impl Proposer {
                 self.evaluate(now_ms, out);
             }
             Phase::Confirming { .. } => self.confirm(now_ms, out),
+            Phase::Settling(_) if self.speaks_for_member(peer) && greeting.term > self.term => {
+                self.pause(now_ms);
+            }
             // Late, but its vote may be the one that is missing.
             Phase::Voting { .. } => self.ask_for_vote(peer, now_ms, out),
             _ => {}
@@ -197,7 +200,15 @@ impl Proposer {
                     self.greet_anew(now_ms, out);
                 }
             }
-            Compared::Differs { at } => self.refuse(WaitReason::BytesDiffer { at }, now_ms, out),
+            // The donor may have been cut between its greeting and the read, in the same term. It
+            // greets again, and if it still claims that log, the difference is one.
+            Compared::Differs { at } if self.differed.as_ref() == Some(&stretch) => {
+                self.refuse(WaitReason::BytesDiffer { at }, now_ms, out);
+            }
+            Compared::Differs { .. } => {
+                self.differed = Some(stretch);
+                self.greet_anew(now_ms, out);
+            }
             Compared::Unavailable { reason } => self.wait(WaitReason::Donor(reason), now_ms, out),
         }
     }
@@ -315,6 +326,13 @@ impl Proposer {
         let Some(link) = self.links[peer.0].as_mut().filter(|link| !link.vote_asked) else {
             return;
         };
+        // It would refuse; and a refusal for that reason is not the end of this candidacy.
+        let later = |greeting: &AcceptorGreeting| {
+            greeting.configuration.version > request.configuration_version
+        };
+        if link.greeting.as_ref().is_some_and(later) {
+            return;
+        }
         link.vote_asked = true;
         link.last_sent_ms = now_ms;
         let message = ProposerMessage::VoteRequest(request);
@@ -487,12 +505,16 @@ impl Proposer {
         }
     }
 
-    /// The term is won, and stays won; a new one would help nobody.
+    /// The term is won, and a new one would help nobody; unless another proposer has won a higher
+    /// one by now, which a greeting tells.
     fn try_another_donor(&mut self, reason: String, now_ms: u64, out: &mut Actions) {
         if let Phase::Settling(settling) = &mut self.phase {
             settling.retry_ms = Some(now_ms + LOOK_AGAIN_MS);
         }
         self.tell(WaitReason::Donor(reason), out);
+        for peer in self.peer_indexes() {
+            self.greet(peer, now_ms, out);
+        }
     }
 
     /// The same donor again, or the next voter that holds the same log; without one, all anew.

@@ -6,41 +6,61 @@
 use super::*;
 
 impl Proposer {
-    /// The highest version of our lineage: of the one we know, or else of the only one there is.
-    /// A provisional one that we know binds nobody but those who hold it.
+    /// Of the configurations of our lineage (that of the one we know, or else the only one there
+    /// is) the latest that could elect us by what the greetings show; without such a one the latest.
+    ///
+    /// Not simply the latest: a change that was begun and reached a minority must not keep a
+    /// majority from electing that never heard of it. If a later one was decided, a majority of
+    /// those who decided before it knows it, and refuses. A provisional one that we know binds
+    /// nobody but those who hold it.
     pub(super) fn adopt_configuration(&mut self) -> Result<(), WaitReason> {
         let known = !self.configuration.is_none() && !self.configuration.is_provisional();
-        let mut adopted = if known {
-            self.configuration.clone()
-        } else {
-            Configuration::default()
-        };
-        for greeting in self
-            .links
-            .iter()
-            .flatten()
-            .filter_map(|link| link.greeting.as_ref())
-        {
+        let mut choices: Vec<Configuration> = Vec::new();
+        if known {
+            choices.push(self.configuration.clone());
+        }
+        let greetings = self.links.iter().flatten();
+        for greeting in greetings.filter_map(|link| link.greeting.as_ref()) {
             let theirs = &greeting.configuration;
             if theirs.is_none() {
                 continue;
             }
-            if !adopted.is_none() && theirs.lineage != adopted.lineage {
-                if known {
-                    continue;
+            match choices.first() {
+                Some(first) if first.lineage != theirs.lineage => {
+                    if known {
+                        continue;
+                    }
+                    return Err(WaitReason::Membership(format!(
+                        "safekeeper {} holds configuration {theirs}, another one holds {first}: they were \
+                         first configured by different servers; remove the stranger from the list",
+                        greeting.member_id
+                    )));
                 }
-                return Err(WaitReason::Membership(format!(
-                    "safekeeper {} holds configuration {theirs}, another one holds {adopted}: they were \
-                     first configured by different servers; remove the stranger from the list",
-                    greeting.member_id
-                )));
-            }
-            if theirs.version > adopted.version {
-                adopted = theirs.clone();
+                _ => choices.push(theirs.clone()),
             }
         }
-        self.configuration = adopted;
+        choices.sort_by(|a, b| b.version.cmp(&a.version));
+        let electing = choices
+            .iter()
+            .find(|choice| self.could_be_elected_by(choice));
+        self.configuration = electing.or(choices.first()).cloned().unwrap_or_default();
         Ok(())
+    }
+
+    /// A quorum of it has greeted, and knows no later one.
+    fn could_be_elected_by(&self, choice: &Configuration) -> bool {
+        let greetings = || {
+            let links = self.links.iter().flatten();
+            links.filter_map(|link| link.greeting.as_ref())
+        };
+        choice.has_quorum(|member| {
+            greetings().any(|greeting| {
+                let theirs = &greeting.configuration;
+                greeting.is_of(member)
+                    && theirs.lineage == choice.lineage
+                    && theirs.version <= choice.version
+            })
+        })
     }
 
     /// First use: every listed safekeeper, each once, and none bound to another list.
@@ -146,7 +166,7 @@ impl Proposer {
             }
         }
         match &self.phase {
-            Phase::Leading => self.welcome(peer, now_ms, out),
+            Phase::Leading | Phase::Promoting(_) => self.welcome(peer, now_ms, out),
             Phase::Configuring {
                 term,
                 configuration,

@@ -74,9 +74,14 @@ pub(super) struct Change {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Step {
-    Stamping,
+    /// `given_up`: a joint configuration was found, and is to be left for the old set.
+    Stamping {
+        given_up: bool,
+    },
     CatchingUp,
-    Joint { given_up: bool },
+    Joint {
+        given_up: bool,
+    },
     Final,
 }
 
@@ -113,7 +118,7 @@ impl Proposer {
         }
         self.change = Some(Change {
             target,
-            step: Step::Stamping,
+            step: Step::Stamping { given_up: false },
             begin_lsn,
             held_by: Vec::new(),
         });
@@ -133,14 +138,14 @@ impl Proposer {
         match &mut change.step {
             Step::Final => return Err(ChangeRefusal::NothingToGiveUp),
             Step::Joint { given_up } => *given_up = true,
-            Step::Stamping | Step::CatchingUp => {
-                // Stamping may have found a joint configuration; that one can only be left.
-                if self.configuration.new_members.is_some() {
-                    change.step = Step::Joint { given_up: true };
-                } else {
-                    self.change = None;
-                    self.dismiss_strangers();
-                }
+            // A joint configuration that was found can only be left, and only after it is stamped:
+            // what its proposer went on to may be on a majority of the new set.
+            Step::Stamping { given_up } if self.configuration.new_members.is_some() => {
+                *given_up = true;
+            }
+            Step::Stamping { .. } | Step::CatchingUp => {
+                self.change = None;
+                self.dismiss_strangers();
             }
         }
         self.advance_change(now_ms, out);
@@ -150,7 +155,7 @@ impl Proposer {
     /// The step that is under way, for people; `None` if no change is.
     pub fn change_step(&self) -> Option<&'static str> {
         Some(match self.change.as_ref()?.step {
-            Step::Stamping => "stamping",
+            Step::Stamping { .. } => "stamping",
             Step::CatchingUp => "catching up",
             Step::Joint { given_up: false } => "joint",
             Step::Joint { given_up: true } => "given up",
@@ -166,7 +171,7 @@ impl Proposer {
         if let Some(target) = self.configuration.new_members.clone() {
             self.change = Some(Change {
                 target,
-                step: Step::Stamping,
+                step: Step::Stamping { given_up: false },
                 begin_lsn: Lsn::INVALID,
                 held_by: Vec::new(),
             });
@@ -176,7 +181,12 @@ impl Proposer {
 
     /// Writes the next version, with the members of `configuration`, and sends it to everybody
     /// whom it concerns, those included who are members no more. From here on it is what we go by.
-    fn hand_out(&mut self, configuration: Configuration, now_ms: u64, out: &mut Actions) {
+    pub(super) fn hand_out(
+        &mut self,
+        configuration: Configuration,
+        now_ms: u64,
+        out: &mut Actions,
+    ) {
         let before = self.configuration.clone();
         let generation = match before.version.term == self.term {
             true => before.version.generation + 1,
@@ -228,11 +238,13 @@ impl Proposer {
             let present = self.configuration.clone();
             let step = change.step;
             match step {
-                Step::Stamping if !present.has_quorum(|member| self.holds(member)) => return,
-                Step::Stamping if present.new_members.is_some() => {
-                    self.enter(Step::Joint { given_up: false });
+                Step::Stamping { .. } if !present.has_quorum(|member| self.holds(member)) => {
+                    return;
                 }
-                Step::Stamping => {
+                Step::Stamping { given_up } if present.new_members.is_some() => {
+                    self.enter(Step::Joint { given_up });
+                }
+                Step::Stamping { .. } => {
                     self.enter(Step::CatchingUp);
                     self.greet_learners(now_ms, out);
                 }
@@ -305,7 +317,12 @@ impl Proposer {
     fn learners_are_near(&self) -> bool {
         self.learners().all(|member| {
             let flushed = self.flushed(member.id, member.incarnation);
-            flushed > Lsn::INVALID && flushed + WINDOW >= self.commit_lsn
+            let follows = |link: &Link| {
+                link.is_of(member) && link.stream.is_some_and(|stream| stream.following)
+            };
+            self.links.iter().flatten().any(follows)
+                && flushed.is_valid()
+                && self.commit_lsn.saturating_distance_from(flushed) <= WINDOW
         })
     }
 
@@ -319,7 +336,7 @@ impl Proposer {
     }
 
     fn is_learner(&self, greeting: &AcceptorGreeting) -> bool {
-        let stamped = |change: &Change| change.step != Step::Stamping;
+        let stamped = |change: &Change| !matches!(change.step, Step::Stamping { .. });
         self.change.as_ref().is_some_and(stamped) && is_in(greeting, self.learners())
     }
 
@@ -343,8 +360,10 @@ impl Proposer {
     /// Where the log of a learner that holds nothing begins. Members begin with the log itself.
     pub(super) fn begin_for_learner(&self, greeting: &AcceptorGreeting) -> Lsn {
         match &self.change {
+            // Where no WAL is yet it would acknowledge what it never got.
             Some(change) if is_in(greeting, self.learners()) => change
                 .begin_lsn
+                .min(self.commit_lsn)
                 .segment_start(self.settings.cluster.segment_size),
             _ => Lsn::INVALID,
         }

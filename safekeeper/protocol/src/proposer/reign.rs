@@ -16,11 +16,15 @@ impl Proposer {
         if !self.is_fed(peer) {
             return;
         }
+        if !self.speaks_for_member(peer) && (term > self.term || self.is_of_other_lineage(peer)) {
+            // A learner counts for nothing: that it can't be fed is told by the view.
+            return;
+        }
         if term > self.term {
             return self.depose(term, out);
         }
         if version > self.configuration.version {
-            return self.stand_again(out);
+            return self.on_later_configuration(version, now_ms, out);
         }
         if version < self.configuration.version {
             let configuration = self.configuration.clone();
@@ -57,6 +61,10 @@ impl Proposer {
             }
             None => log_start,
         };
+        if start_lsn > self.sent_lsn.max(self.term_start_lsn()) {
+            let reason = format!("claims WAL up to {start_lsn} of our term, which was never sent");
+            return self.disconnect(peer, &reason, out);
+        }
         let elected = self.elected_from(start_lsn);
         if let Some(link) = &mut self.links[peer.0] {
             link.stream = Some(Stream {
@@ -112,10 +120,13 @@ impl Proposer {
             return;
         }
         if response.term > self.term {
-            return self.depose(response.term, out);
+            return match self.speaks_for_member(peer) {
+                true => self.depose(response.term, out),
+                false => self.disconnect(peer, "follows a later term, and is no member", out),
+            };
         }
         if response.configuration_version > self.configuration.version {
-            return self.stand_again(out);
+            return self.on_later_configuration(response.configuration_version, now_ms, out);
         }
         let Some(link) = &mut self.links[peer.0] else {
             return;
@@ -210,6 +221,7 @@ impl Proposer {
             return None;
         }
         stream.sent_lsn = begin_lsn + len;
+        self.sent_lsn = self.sent_lsn.max(stream.sent_lsn);
         // News of a commit that carries no WAL and wants no answer is no sign of life of the
         // member: it must not put off the heartbeat that asks for one.
         if len > 0 || heartbeat_due {
@@ -235,6 +247,32 @@ impl Proposer {
             .stream
             .filter(|stream| stream.following)?;
         self.reigns().then_some(stream.sent_lsn)
+    }
+
+    /// A later configuration has turned up. If it is of an older term than ours, it was never
+    /// decided: a majority of those who would have had to know of it did not when they elected us,
+    /// and will take nothing of that term any more. Ours takes its place, under our term.
+    fn on_later_configuration(
+        &mut self,
+        version: ConfigurationVersion,
+        now_ms: u64,
+        out: &mut Actions,
+    ) {
+        if version.term < self.term && self.configuration.version.term < self.term {
+            self.hand_out(self.configuration.clone(), now_ms, out);
+        } else {
+            self.stand_again(out);
+        }
+    }
+
+    fn is_of_other_lineage(&self, peer: PeerIdx) -> bool {
+        let greeting = self.links[peer.0]
+            .as_ref()
+            .and_then(|link| link.greeting.as_ref());
+        greeting.is_some_and(|greeting| {
+            let theirs = &greeting.configuration;
+            !theirs.is_none() && theirs.lineage != self.configuration.lineage
+        })
     }
 
     /// This term is ours, and members follow it.

@@ -102,6 +102,13 @@ impl Proposer {
         match (&link.greeting, link.stream, &link.vote) {
             (None, _, _) => "greeting",
             (Some(greeting), _, _)
+                if !self.configuration.is_none()
+                    && !greeting.configuration.is_none()
+                    && greeting.configuration.lineage != self.configuration.lineage =>
+            {
+                "of another quorum"
+            }
+            (Some(greeting), _, _)
                 if !self.configuration.is_none() && !self.is_member(greeting) =>
             {
                 "not a member"
