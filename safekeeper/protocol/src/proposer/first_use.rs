@@ -39,7 +39,7 @@ impl Proposer {
                 _ => choices.push(theirs.clone()),
             }
         }
-        choices.sort_by(|a, b| b.version.cmp(&a.version));
+        choices.sort_by_key(|choice| core::cmp::Reverse(choice.version));
         let electing = choices
             .iter()
             .find(|choice| self.could_be_elected_by(choice));
