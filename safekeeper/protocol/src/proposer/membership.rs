@@ -18,7 +18,6 @@
 //! loses a commit without it (S1).
 //!
 //! A proposer that finds a joint configuration at the beginning of its reign finishes it: it was
-//! A proposer that finds a joint configuration at the beginning of its reign finishes it: it was
 //! elected by both sets, so both are there.
 
 use super::*;
