@@ -11,6 +11,9 @@
 //! `SEEDS=n` says how many fresh seeds to run (2,000 in release, 30 in a debug build), `FIRST=n`
 //! from which on: without it each day has its own. What has failed once stays as a pinned seed.
 
+// Under the feature, there is one test in this file: it breaks rules for the whole process.
+#![cfg_attr(feature = "mutations", allow(dead_code, unused_imports))]
+
 #[path = "simulation/chaos.rs"]
 mod chaos;
 #[path = "simulation/checker.rs"]
@@ -23,11 +26,13 @@ mod connections;
 mod consumer;
 #[path = "simulation/disk.rs"]
 mod disk;
-#[cfg(not(feature = "mutations"))]
 #[path = "simulation/expected_log.rs"]
 mod expected_log;
 #[path = "simulation/faults.rs"]
 mod faults;
+#[cfg(feature = "mutations")]
+#[path = "../protocol/tests/mutations/mod.rs"]
+mod mutations;
 #[path = "simulation/network.rs"]
 mod network;
 #[path = "simulation/node.rs"]
@@ -42,10 +47,10 @@ mod reign;
 mod safekeepers;
 #[path = "simulation/servers.rs"]
 mod servers;
-#[cfg(not(feature = "mutations"))]
 #[path = "simulation/storage_model.rs"]
 mod storage_model;
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -104,11 +109,13 @@ fn run_seed(seed: u64) -> Result<Ending, String> {
             random: cluster.random.next(),
         }
     };
-    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| {
-        let text = panic.downcast_ref::<String>().cloned();
-        text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-            .unwrap_or_else(|| "panic".to_owned())
-    })
+    catch_unwind(AssertUnwindSafe(run)).map_err(panic_text)
+}
+
+fn panic_text(panic: Box<dyn Any + Send>) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+        .unwrap_or_else(|| "panic".to_owned())
 }
 
 /// A simulated process that ends because its disk failed is no news.
@@ -214,44 +221,57 @@ fn the_same_seed_gives_the_same_run() {
     }
 }
 
-/// Which mutations the simulation must find, and within how many seeds. The others can't show here:
-/// a configuration that is joint or changed is the model's business, and so is a message that comes
-/// before one that was sent earlier on the same connection.
+/// Which seed notices first that a rule is broken; in the order of the seeds, whichever core was
+/// quicker.
 #[cfg(feature = "mutations")]
 #[test]
 fn every_mutation_is_caught() {
-    use safekeeper_protocol::mutation::{Mutation, switch_on};
+    use mutations::Verdict;
+    use safekeeper_protocol::mutation::{Catcher, Keeper};
 
-    const BLOCK: u64 = 40;
-    let n = number_from_environment("SEEDS").unwrap_or(3000);
-    let first = number_from_environment("FIRST").unwrap_or(1);
-    let only = std::env::var("MUTATION").ok();
-    let mut missed = Vec::new();
-    for mutation in Mutation::ALL {
-        let name = format!("{mutation:?}");
-        if only.as_ref().is_some_and(|only| *only != name) {
-            continue;
-        }
-        switch_on(Some(mutation));
-        let started = Instant::now();
-        let blocks = (first..first + n).step_by(BLOCK as usize);
-        let found = blocks
-            .map(|first| run_seeds(first, BLOCK).1)
-            .find_map(|failed| failed.into_iter().next());
-        match found {
-            Some((seed, text)) => {
-                let n_seeds = seed - first + 1;
-                let seconds = started.elapsed().as_secs();
-                println!("{name}: after {n_seeds} seeds, {seconds} s: {text}");
-            }
-            None => {
-                println!("{name}: not in {n} seeds");
-                missed.push(mutation);
-            }
-        }
-    }
-    switch_on(None);
-    let not_here = [Mutation::CommitInOneSet, Mutation::CommitWithoutElected];
-    missed.retain(|mutation| !not_here.contains(mutation));
+    let n = number_from_environment("SEEDS").unwrap_or(200);
+    let find = |run: fn(u64) -> Result<(), String>| match first_failure(n, run) {
+        Some((seed, text)) => Verdict::Caught {
+            after: seed,
+            by: text.chars().take(100).collect(),
+        },
+        None => Verdict::Missed { after: n },
+    };
+    let mut missed = mutations::unnoticed(Catcher::Simulation, "seeds", |_| {
+        find(|seed| run_seed(seed).map(drop))
+    });
+    missed.extend(mutations::unnoticed(
+        Catcher::Storage,
+        "seeds",
+        |mutation| match mutation.kept_by() {
+            Keeper::Storage => find(|seed| {
+                let run = catch_unwind(|| storage_model::run(seed));
+                run.map(drop).map_err(panic_text)
+            }),
+            Keeper::Core | Keeper::Server => Verdict::MeansNothingHere,
+        },
+    ));
     assert!(missed.is_empty(), "not caught: {missed:?}");
+}
+
+/// The lowest of the seeds `1..=n` with which `run` fails.
+#[cfg(feature = "mutations")]
+fn first_failure(n: u64, run: fn(u64) -> Result<(), String>) -> Option<(u64, String)> {
+    let (next, end) = (AtomicU64::new(1), AtomicU64::new(n + 1));
+    let n_threads = std::thread::available_parallelism().map_or(1, |n| n.get());
+    let work = || loop {
+        let seed = next.fetch_add(1, Ordering::Relaxed);
+        if seed >= end.load(Ordering::Relaxed) {
+            return None;
+        }
+        if let Err(text) = run(seed) {
+            end.fetch_min(seed, Ordering::Relaxed);
+            return Some((seed, text));
+        }
+    };
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..n_threads).map(|_| scope.spawn(work)).collect();
+        let found = threads.into_iter().filter_map(|thread| thread.join().ok()?);
+        found.min()
+    })
 }

@@ -1,11 +1,13 @@
 //! Rules broken on purpose, one at a time, to see whether the tests would notice.
 //!
 //! A test that has never failed proves little. Each [`Mutation`] takes one rule away at the place
-//! where it is kept, and the simulation, the model or the scenarios must then find what it was for;
-//! `docs/testing.md` tells how to see who does, and how soon.
+//! where it is kept, and the tests must then find what it was for. `Mutation::caught_by` is the one
+//! list of who must notice; `make mutations` demands it, and `docs/testing.md` has the table of who
+//! else does, and how soon.
 //!
 //! Without the feature `mutations`, [`is_on`] is the constant `false` and nothing of this is in the
-//! program. With it there is one switch for the whole process.
+//! program. With it there is one switch for the whole process. Rules that the host keeps (the
+//! server's start, the local history) are broken by those who play the host in the tests.
 
 /// A rule that can be taken away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub enum Mutation {
     NoLocalHistory,
     /// The server starts without having won a term.
     ElectionBeforeRecoverySkipped,
+    /// The term in the local history file is taken for a right to lead: no new one is won.
+    TermFromHistoryFile,
     /// The worker that is started again stands with what is flushed, not with what is inserted.
     WorkerStandsByFlushLsn,
     /// commit_lsn is taken from a proposer whose Elected was not.
@@ -56,7 +60,7 @@ pub enum Mutation {
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 21] = [
+    pub const ALL: [Mutation; 22] = [
         Mutation::QuorumOfHalf,
         Mutation::CommitWithoutTermStart,
         Mutation::DonorRankedByTerm,
@@ -72,6 +76,7 @@ impl Mutation {
         Mutation::LocalHistoryNotClipped,
         Mutation::NoLocalHistory,
         Mutation::ElectionBeforeRecoverySkipped,
+        Mutation::TermFromHistoryFile,
         Mutation::WorkerStandsByFlushLsn,
         Mutation::CommitWithoutElected,
         Mutation::ConfigurationByGeneration,
@@ -79,6 +84,93 @@ impl Mutation {
         Mutation::DamagedWalTaken,
         Mutation::PromotedBeforeCompletion,
     ];
+}
+
+/// Whose rule it is, and so who breaks it: in the tests, the servers are played.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeper {
+    /// This crate.
+    Core,
+    /// The daemon's storage.
+    Storage,
+    /// PostgreSQL's host of the proposer.
+    Server,
+}
+
+impl Mutation {
+    pub const fn kept_by(self) -> Keeper {
+        match self {
+            Mutation::QuorumOfHalf
+            | Mutation::CommitWithoutTermStart
+            | Mutation::DonorRankedByTerm
+            | Mutation::HistoryBeforeTruncation
+            | Mutation::VoteNotDurable
+            | Mutation::StaleAppendAccepted
+            | Mutation::WipedMemberVotes
+            | Mutation::CommitInOneSet
+            | Mutation::LocalHistoryNotClipped
+            | Mutation::CommitWithoutElected
+            | Mutation::PromotedBeforeCompletion
+            | Mutation::ConfigurationByGeneration => Keeper::Core,
+            Mutation::AnswerBeforeFsync
+            | Mutation::FsyncErrorIgnored
+            | Mutation::TailNotZeroed
+            | Mutation::FlushLsnInsideRecord
+            | Mutation::FailedSyncBelieved
+            | Mutation::DamagedWalTaken => Keeper::Storage,
+            Mutation::NoLocalHistory
+            | Mutation::ElectionBeforeRecoverySkipped
+            | Mutation::TermFromHistoryFile
+            | Mutation::WorkerStandsByFlushLsn => Keeper::Server,
+        }
+    }
+}
+
+/// A layer of the tests that can notice a broken rule.
+#[cfg(feature = "mutations")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Catcher {
+    /// `protocol/tests/scenarios.rs`: a trace is not as it was written.
+    Scenarios,
+    /// `protocol/tests/model.rs`: a property is violated.
+    Model,
+    /// `tests/simulation.rs`: the judge ends a run.
+    Simulation,
+    /// `tests/simulation/storage_model.rs`: the storage alone is not as its model.
+    Storage,
+}
+
+#[cfg(feature = "mutations")]
+impl Mutation {
+    /// Who must notice: whoever names what is lost and takes a few seconds for it. Others notice
+    /// too, later.
+    pub const fn caught_by(self) -> &'static [Catcher] {
+        use Catcher::{Model, Scenarios, Simulation, Storage};
+        match self {
+            Mutation::QuorumOfHalf | Mutation::VoteNotDurable => &[Scenarios, Model, Simulation],
+            Mutation::NoLocalHistory
+            | Mutation::ElectionBeforeRecoverySkipped
+            | Mutation::TermFromHistoryFile => &[Model, Simulation],
+            Mutation::CommitWithoutTermStart
+            | Mutation::DonorRankedByTerm
+            | Mutation::HistoryBeforeTruncation
+            | Mutation::StaleAppendAccepted
+            | Mutation::WipedMemberVotes
+            | Mutation::CommitInOneSet => &[Scenarios, Model],
+            Mutation::WorkerStandsByFlushLsn => &[Model],
+            // The shortest trace is long, or there is none: connections keep the order.
+            Mutation::LocalHistoryNotClipped
+            | Mutation::CommitWithoutElected
+            | Mutation::PromotedBeforeCompletion
+            | Mutation::ConfigurationByGeneration => &[Scenarios],
+            Mutation::AnswerBeforeFsync => &[Model, Simulation],
+            Mutation::FsyncErrorIgnored
+            | Mutation::FlushLsnInsideRecord
+            | Mutation::FailedSyncBelieved
+            | Mutation::DamagedWalTaken => &[Simulation],
+            Mutation::TailNotZeroed => &[Model, Storage],
+        }
+    }
 }
 
 #[cfg(feature = "mutations")]

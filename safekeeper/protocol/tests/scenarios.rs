@@ -34,9 +34,13 @@
 //! check that no two safekeepers hold different bytes at one position under one term, and that
 //! nothing committed was lost.
 
+// Under the feature, there is one test in this file: it breaks rules for the whole process.
+#[cfg(feature = "mutations")]
+mod mutations;
+
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safekeeper_protocol::codec::{
     decode_acceptor_message, decode_proposer_message, encode_acceptor_message,
@@ -1036,10 +1040,9 @@ fn play(text: &str) -> String {
     played
 }
 
-#[test]
-fn every_scenario_ends_as_it_is_written() {
+fn scenarios() -> Vec<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
-    let mut paths: Vec<_> = std::fs::read_dir(&dir)
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(&dir)
         .expect("tests/scenarios")
         .map(|entry| entry.expect("a directory entry").path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "txt"))
@@ -1050,9 +1053,15 @@ fn every_scenario_ends_as_it_is_written() {
         "scenarios are missing from {}",
         dir.display()
     );
+    paths
+}
+
+#[cfg(not(feature = "mutations"))]
+#[test]
+fn every_scenario_ends_as_it_is_written() {
     let rewrite = std::env::var_os("REWRITE").is_some();
     let mut failed = Vec::new();
-    for path in paths {
+    for path in scenarios() {
         let text = std::fs::read_to_string(&path).expect("a readable scenario");
         let played = play(&text);
         if played == text {
@@ -1073,4 +1082,34 @@ fn every_scenario_ends_as_it_is_written() {
         ));
     }
     assert!(failed.is_empty(), "{}", failed.join("\n"));
+}
+
+/// A scenario notices a broken rule if it ends otherwise, or does not end.
+#[cfg(feature = "mutations")]
+#[test]
+fn every_mutation_is_caught() {
+    use mutations::Verdict;
+    use safekeeper_protocol::mutation::{Catcher, Keeper};
+
+    let missed = mutations::unnoticed(Catcher::Scenarios, "scenarios", |mutation| {
+        if mutation.kept_by() != Keeper::Core {
+            return Verdict::MeansNothingHere;
+        }
+        let paths = scenarios();
+        let notices = |path: &&PathBuf| {
+            let text = std::fs::read_to_string(path).expect("a readable scenario");
+            let played = std::panic::catch_unwind(|| play(&text));
+            played.is_err() || played.is_ok_and(|played| played != text)
+        };
+        let noticed: Vec<&PathBuf> = paths.iter().filter(notices).collect();
+        let after = paths.len() as u64;
+        match noticed.first().and_then(|path| path.file_stem()) {
+            Some(name) => Verdict::Caught {
+                after,
+                by: format!("{} of them: {}", noticed.len(), name.display()),
+            },
+            None => Verdict::Missed { after },
+        }
+    });
+    assert!(missed.is_empty(), "not caught: {missed:?}");
 }

@@ -20,7 +20,7 @@ use std::ops::Range;
 use safekeeper_protocol::mutation::{Mutation, is_on};
 use safekeeper_protocol::{
     Configuration, LocalLog, LocalWal, Lsn, PeerAddress, Proposer, ProposerId, ProposerSettings,
-    Standing, TermHistory, Tli,
+    Standing, TermHistory, Tli, WonTerm,
 };
 use safekeeper_wal::WalDecoder;
 use safekeeper_wal::synthetic::WalBuilder;
@@ -260,9 +260,16 @@ impl Postgres {
             seed: random.next(),
         };
         let local = self.data.local_log(standing);
+        let won = won_by_the_file(&self.data.history).filter(|_| {
+            standing == Standing::BeforeRecovery && is_on(Mutation::TermFromHistoryFile)
+        });
+        let proposer = match won {
+            Some(won) => Proposer::elected(proposer_settings, local, won, now_ms, &mut Vec::new()),
+            None => Proposer::new(proposer_settings, local, standing, now_ms),
+        };
         Process {
             id,
-            proposer: Proposer::new(proposer_settings, local, standing, now_ms),
+            proposer,
             connections: vec![None; settings.n_nodes],
             pushes_early: random.chance(700),
             append_len_max: [500, 5000, 100_000, 1 << 20][random.below(4) as usize],
@@ -351,6 +358,16 @@ impl Postgres {
             flush_lsn: self.data.flush_lsn,
         }
     }
+}
+
+/// What a local history file must never be taken for.
+fn won_by_the_file(file: &LocalHistory) -> Option<WonTerm> {
+    let last = file.history.last()?;
+    Some(WonTerm {
+        term: last.term,
+        history: file.history.clone(),
+        configuration: file.configuration.clone(),
+    })
 }
 
 /// What all servers of a run have in common.

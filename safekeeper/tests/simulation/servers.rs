@@ -29,6 +29,16 @@ impl Cluster {
                 self.servers[idx].data.history.history
             )
         });
+        // Nobody does by merely starting, but for a rule that is broken on purpose.
+        let proposer = self.servers[idx]
+            .process
+            .as_ref()
+            .map(|process| &process.proposer);
+        if let Some(proposer) = proposer.filter(|proposer| proposer.is_leading()) {
+            let end = self.servers[idx].data.end();
+            let (term, start_lsn) = (proposer.term(), proposer.term_start_lsn().min(end));
+            self.lead(idx, term, start_lsn);
+        }
         self.dial_all(idx);
     }
 

@@ -2,6 +2,7 @@
 
 use safekeeper_protocol::*;
 
+use super::scope::majority_of_each_set;
 use super::world::*;
 
 pub fn one_leader_a_term(world: &World) -> bool {
@@ -62,8 +63,16 @@ pub fn committed_entries_are_on_a_quorum(world: &World) -> bool {
             || durable.get(..committed.len()) == Some(&committed[..])
     };
     let configurations = world.safekeepers.iter().map(|s| &s.durable.configuration);
-    let newest = configurations.max_by_key(|configuration| configuration.version);
-    committed.is_empty() || newest.is_some_and(|configuration| configuration.has_quorum(holds))
+    let newest = configurations.max_by_key(|configuration| {
+        let version = configuration.version;
+        (
+            !configuration.is_provisional(),
+            version.term,
+            version.generation,
+        )
+    });
+    committed.is_empty()
+        || newest.is_some_and(|configuration| majority_of_each_set(configuration, holds))
 }
 
 /// What a safekeeper may show to consumers was committed (G4).
@@ -93,6 +102,12 @@ pub fn configurations_agree(world: &World) -> bool {
                 && (one.version != other.version || one.same_members(other))
         })
     })
+}
+
+/// A server without a rival is never refused (L3): before recovery it completes its log, while it
+/// runs it holds all that anybody has, and its history always goes on.
+pub fn nobody_alone_is_locked_out(world: &World) -> bool {
+    world.observed.violation != Some(Violation::LockedOut)
 }
 
 pub fn nothing_is_answered_before_it_is_durable(world: &World) -> bool {

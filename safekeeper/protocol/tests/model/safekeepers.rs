@@ -5,9 +5,10 @@
 //! [`Step::DieWithin`](super::step::Step::DieWithin) cuts a list of actions short. A [`Mutation`]
 //! breaks one of these promises, to show that the properties notice.
 
+use safekeeper_protocol::mutation::Mutation;
 use safekeeper_protocol::*;
 
-use super::scope::{Mutation, cluster};
+use super::scope::cluster;
 use super::step::{LONG_AFTER_MS, NOW_MS, Run};
 use super::world::*;
 
@@ -72,7 +73,7 @@ impl Run<'_> {
             }
             return false;
         }
-        if self.scope.mutation == Some(Mutation::HistoryBeforeTruncation) {
+        if self.scope.breaks(Mutation::HistoryBeforeTruncation) {
             history_first(&mut actions);
         }
         self.carried_out = 0;
@@ -111,7 +112,7 @@ impl Run<'_> {
             }
             AcceptorAction::Persist(state) => {
                 let is_vote = state.history == node.durable.history;
-                if !(is_vote && self.scope.mutation == Some(Mutation::VoteNotDurable)) {
+                if !(is_vote && self.scope.breaks(Mutation::VoteNotDurable)) {
                     node.durable = state;
                 }
             }
@@ -122,7 +123,7 @@ impl Run<'_> {
                     self.scope.seen.truncated.count();
                 }
                 node.flushed = end;
-                if self.scope.mutation != Some(Mutation::TailKept) {
+                if !self.scope.breaks(Mutation::TailNotZeroed) {
                     node.entries.truncate(end);
                 }
             }
@@ -165,7 +166,7 @@ impl Run<'_> {
         let mut actions = Vec::new();
         node.acceptor
             .on_flushed(node.acceptor.write_lsn(), &mut actions);
-        if self.scope.mutation != Some(Mutation::AcknowledgedBeforeFlush) {
+        if !self.scope.breaks(Mutation::AnswerBeforeFsync) {
             node.flushed = place(node.acceptor.write_lsn());
         }
         let sessions = (0..SERVERS)
@@ -216,14 +217,15 @@ impl Run<'_> {
 
     pub fn wipe(&mut self, safekeeper: usize) {
         let node = self.world.safekeepers[safekeeper].edit();
-        if self.scope.mutation != Some(Mutation::WipedKeepsIncarnation) {
+        if !self.scope.breaks(Mutation::WipedMemberVotes) {
             node.incarnation = Incarnation(node.incarnation.0 + 100);
         }
         node.entries.clear();
         node.begun = false;
-        let configuration = match self.scope.mutation {
-            Some(Mutation::WipedKeepsIncarnation) => node.durable.configuration.clone(),
-            _ => Configuration::default(),
+        let configuration = if self.scope.breaks(Mutation::WipedMemberVotes) {
+            node.durable.configuration.clone()
+        } else {
+            Configuration::default()
         };
         node.durable = AcceptorState {
             configuration,

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use safekeeper_protocol::mutation::{Keeper, Mutation};
 use safekeeper_protocol::*;
 
 use super::world::*;
@@ -19,6 +20,9 @@ pub enum Begin {
         configuration: fn() -> Configuration,
         ends: Vec<Ends>,
     },
+    /// The same, and the first server has won term 2 since, and died before it sent a byte: its
+    /// history file alone knows that this reign began at `start`.
+    DeadReign { ends: Ends, start: usize },
 }
 
 /// How many entries of term 1 each log holds.
@@ -27,16 +31,6 @@ pub struct Ends {
     pub safekeepers: [usize; SAFEKEEPERS],
     /// `None`: this server's data directory has no history file.
     pub servers: [Option<usize>; SERVERS],
-}
-
-/// A promise of the host, broken on purpose.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Mutation {
-    VoteNotDurable,
-    AcknowledgedBeforeFlush,
-    TailKept,
-    HistoryBeforeTruncation,
-    WipedKeepsIncarnation,
 }
 
 pub struct Scope {
@@ -56,6 +50,7 @@ pub struct Scope {
     pub slow_host: bool,
     /// Each worker draws random numbers of its own. They matter for the lineage, at first use.
     pub fresh_seeds: bool,
+    /// A rule that is broken on purpose.
     pub mutation: Option<Mutation>,
     /// What must happen for the exploration to count.
     pub wanted: &'static [&'static str],
@@ -133,6 +128,16 @@ pub fn cluster() -> ClusterIdentity {
     }
 }
 
+/// The judge's own arithmetic: that of the core may be the rule that is broken.
+pub fn majority_of_each_set(
+    configuration: &Configuration,
+    holds: impl Fn(&Member) -> bool,
+) -> bool {
+    let sets = std::iter::once(&configuration.members).chain(&configuration.new_members);
+    sets.into_iter()
+        .all(|set| 2 * set.iter().filter(|member| holds(member)).count() > set.len())
+}
+
 fn members(safekeepers: &[usize]) -> Vec<Member> {
     let member = |&safekeeper: &usize| Member {
         id: MemberId(safekeeper as u64 + 1),
@@ -180,7 +185,21 @@ impl Scope {
                 .iter()
                 .map(|ends| self.settled(&configuration(), ends))
                 .collect(),
+            Begin::DeadReign { ends, start } => vec![self.dead_reign(ends, *start)],
         }
+    }
+
+    /// One server, and nothing in the cluster that is not its own. At first use a configuration that
+    /// it sent before it crashed may arrive late, and contradict the one it sends now.
+    pub fn has_one_rightful_server(&self) -> bool {
+        self.n_servers == 1 && !matches!(self.begin, Begin::FirstUse { .. })
+    }
+
+    /// Is it for the model to break this rule, being the host that keeps it? What the core breaks by
+    /// itself, with the feature, is left to the core.
+    pub fn breaks(&self, mutation: Mutation) -> bool {
+        let is_hosts = mutation.kept_by() != Keeper::Core || !cfg!(feature = "mutations");
+        is_hosts && self.mutation == Some(mutation)
     }
 
     fn first_use(&self, lists: &[Vec<usize>; SERVERS], local: [usize; SERVERS]) -> World {
@@ -216,15 +235,40 @@ impl Scope {
             Some(end) => server(history.clone(), configuration.clone(), end),
             None => server(TermHistory::default(), Configuration::default(), 1),
         };
-        let committed =
-            configuration.quorum_lsn(|member| lsn(ends.safekeepers[member.id.0 as usize - 1]));
+        let holds = |end: usize| {
+            majority_of_each_set(configuration, |member| {
+                ends.safekeepers[member.id.0 as usize - 1] >= end
+            })
+        };
+        let longest = ends.safekeepers.iter().copied().max().unwrap_or(0);
+        let committed = (0..=longest).rev().find(|&end| holds(end)).unwrap_or(0);
         let mut observed = Observed {
             led: 1 << 1,
-            committed: vec![ANCESTOR; place(committed)],
+            committed: vec![ANCESTOR; committed],
             ..Observed::default()
         };
-        observed.committed_in[1] = place(committed) as u8;
+        observed.committed_in[1] = committed as u8;
         self.world([0, 1, 2].map(node), [0, 1].map(server), observed)
+    }
+
+    fn dead_reign(&self, ends: &Ends, start: usize) -> World {
+        let mut world = self.settled(&three(), ends);
+        let reign = TermEntry {
+            term: Term(2),
+            tli: Tli(1),
+            start_lsn: lsn(start),
+        };
+        let first = world.servers[0].edit();
+        first.history = first.history.succeeded_by(reign).expect("a later term");
+        // Two of three gave it their votes.
+        for (i, node) in world.safekeepers[..2].iter_mut().enumerate() {
+            let mut state = node.durable.clone();
+            state.term = Term(2);
+            *node = Shared::new(safekeeper(i, state, ends.safekeepers[i]));
+        }
+        world.observed.edit().led |= 1 << 2;
+        world.seal(&self.pools);
+        world
     }
 
     fn world(

@@ -2,8 +2,9 @@
 //! ones for `MODEL=full`.
 
 use safekeeper_protocol::Configuration;
+use safekeeper_protocol::mutation::Mutation;
 
-use super::scope::{Begin, Ends, Mutation, Scope, joint_grown, joint_pairs, three};
+use super::scope::{Begin, Ends, Scope, joint_grown, joint_pairs, three};
 use super::world::{Faults, SAFEKEEPERS};
 
 fn settled(configuration: fn() -> Configuration, ends: &[Ends]) -> Begin {
@@ -395,33 +396,94 @@ pub fn late_messages(full: bool) -> Vec<Scope> {
     ]
 }
 
-/// A scope in which a broken promise shows soon.
-pub fn broken(mutation: Mutation) -> Scope {
+/// A scope in which a broken rule shows soon; `None` for a rule that means nothing here: the model's
+/// disks keep what they are told to keep, its records are one byte long, its connections keep the
+/// order.
+pub fn broken(mutation: Mutation) -> Option<Scope> {
+    let none = Faults::default();
+    let worker_crash = Faults {
+        worker_crashes: 1,
+        ..none
+    };
     let crash = Faults {
         safekeeper_crashes: 1,
-        ..Faults::default()
+        ..none
     };
-    let wipe = Faults {
-        wipes: 1,
-        ..Faults::default()
-    };
-    let (name, begin, n_servers, faults) = match mutation {
-        Mutation::VoteNotDurable => ("vote not durable", ends([1, 1, 1], 1, 1), 2, crash),
-        Mutation::AcknowledgedBeforeFlush => {
-            ("acknowledged before flush", ends([1, 0, 0], 1, 1), 1, crash)
+    let wipe = Faults { wipes: 1, ..none };
+    let (ends, n_servers, faults) = match mutation {
+        Mutation::QuorumOfHalf => (ends([1, 1, 1], 1, 1), 2, none),
+        Mutation::CommitWithoutTermStart => return Some(term_start_ignored()),
+        Mutation::DonorRankedByTerm => (ends([1, 1, 0], 0, 0), 2, none),
+        Mutation::HistoryBeforeTruncation => (ends([1, 1, 2], 1, 1), 1, crash),
+        Mutation::VoteNotDurable => (ends([1, 1, 1], 1, 1), 2, crash),
+        Mutation::StaleAppendAccepted => (ends([0, 0, 0], 0, 0), 2, none),
+        Mutation::AnswerBeforeFsync => (ends([1, 0, 0], 1, 1), 1, crash),
+        Mutation::TailNotZeroed => (ends([1, 1, 2], 1, 1), 1, crash),
+        Mutation::WipedMemberVotes => (ends([1, 1, 1], 1, 1), 2, wipe),
+        Mutation::CommitInOneSet => {
+            return Some(Scope {
+                mutation: Some(mutation),
+                ..joint(false).remove(0)
+            });
         }
-        Mutation::TailKept => ("tail kept", ends([1, 1, 2], 1, 1), 1, crash),
-        Mutation::HistoryBeforeTruncation => {
-            ("history before truncation", ends([1, 1, 2], 1, 1), 1, crash)
+        Mutation::LocalHistoryNotClipped => return Some(two_reigns_lost()),
+        Mutation::NoLocalHistory => (ends([1, 1, 0], 0, 0), 1, none),
+        Mutation::ElectionBeforeRecoverySkipped => (ends([1, 1, 0], 0, 0), 1, worker_crash),
+        Mutation::TermFromHistoryFile => (ends([1, 1, 1], 1, 1), 1, none),
+        Mutation::WorkerStandsByFlushLsn => (ends([1, 1, 0], 1, 1), 1, worker_crash),
+        Mutation::ConfigurationByGeneration => {
+            return Some(Scope {
+                mutation: Some(mutation),
+                ..first_use(false).remove(1)
+            });
         }
-        Mutation::WipedKeepsIncarnation => ("wiped member votes", ends([1, 1, 1], 1, 1), 2, wipe),
+        Mutation::FsyncErrorIgnored
+        | Mutation::FlushLsnInsideRecord
+        | Mutation::CommitWithoutElected
+        | Mutation::PromotedBeforeCompletion
+        | Mutation::FailedSyncBelieved
+        | Mutation::DamagedWalTaken => return None,
     };
-    Scope {
-        name,
-        begin: settled(three, &[begin]),
+    Some(Scope {
+        name: "a rule is broken",
+        begin: settled(three, &[ends]),
         n_servers,
         faults,
         mutation: Some(mutation),
+        ..Scope::default()
+    })
+}
+
+/// A worker that is elected twice while backends insert, and a crash that takes the WAL below both
+/// starts.
+fn two_reigns_lost() -> Scope {
+    Scope {
+        name: "the history runs ahead of the log",
+        begin: settled(three, &[ends([1, 1, 1], 1, 1)]),
+        n_servers: 1,
+        faults: Faults {
+            worker_crashes: 2,
+            server_crashes: 1,
+            ..Faults::default()
+        },
+        entries_max: 3,
+        term_max: 5,
+        mutation: Some(Mutation::LocalHistoryNotClipped),
+        ..Scope::default()
+    }
+}
+
+/// A newer reign than that of the longer log is on one disk alone, and will be heard of later.
+fn term_start_ignored() -> Scope {
+    Scope {
+        name: "WAL of an older term is committed by counting",
+        begin: Begin::DeadReign {
+            ends: ends([1, 1, 1], 1, 3),
+            start: 1,
+        },
+        entries_max: 3,
+        term_max: 4,
+        mutation: Some(Mutation::CommitWithoutTermStart),
         ..Scope::default()
     }
 }

@@ -7,15 +7,23 @@
 //!
 //! A deposed server's worker ends. Only a start of the server brings another.
 
+use safekeeper_protocol::mutation::Mutation;
 use safekeeper_protocol::*;
 
-use super::scope::cluster;
+use super::scope::{Scope, cluster};
 use super::step::{NOW_MS, Run};
 use super::world::*;
 
 impl Run<'_> {
     pub fn start(&mut self, server: usize) {
         let scope = self.scope;
+        let is_first = !self.world.servers[server].up;
+        if is_first && scope.breaks(Mutation::ElectionBeforeRecoverySkipped) {
+            // Recovery ends with a record of its own.
+            self.world.servers[server].edit().up = true;
+            let end = self.world.servers[server].entries.len() + 1;
+            self.insert_up_to(server, end);
+        }
         let node = self.world.servers[server].edit();
         node.starts += u8::from(scope.fresh_seeds);
         let standing = if node.up {
@@ -26,14 +34,7 @@ impl Run<'_> {
         if !node.up {
             node.flushed = node.entries.len();
         }
-        let local = LocalLog {
-            history: node.history.clone(),
-            tli: Tli(1),
-            end_lsn: lsn(node.entries.len()),
-            unled_from: None,
-            timeline_files: Vec::new(),
-            configuration: node.configuration.clone(),
-        };
+        let local = local_log(scope, node);
         let address = |&safekeeper: &usize| PeerAddress {
             host: String::new(),
             port: safekeeper as u16,
@@ -45,7 +46,23 @@ impl Run<'_> {
             member_timeout_ms: 10_000,
             seed: 2 * (server as u64 * 100 + u64::from(node.starts)) + 1,
         };
-        node.proposer = Some(Proposer::new(settings, local, standing, NOW_MS));
+        let mut actions = Vec::new();
+        let by_the_file = is_first && scope.breaks(Mutation::TermFromHistoryFile);
+        node.proposer = Some(match node.history.last().filter(|_| by_the_file) {
+            Some(last) => {
+                let won = WonTerm {
+                    term: last.term,
+                    history: node.history.clone(),
+                    configuration: node.configuration.clone(),
+                };
+                Proposer::elected(settings, local, won, NOW_MS, &mut actions)
+            }
+            None => Proposer::new(settings, local, standing, NOW_MS),
+        });
+        for action in actions {
+            self.carry_out(server, action);
+        }
+        let node = &self.world.servers[server];
         for safekeeper in node.list.clone() {
             self.connect(server, safekeeper);
         }
@@ -127,7 +144,13 @@ impl Run<'_> {
                 self.world.servers[server].edit().deposed = true;
                 return;
             }
-            ProposerAction::Wait(_) => return,
+            ProposerAction::Wait(reason) => {
+                let refuses = matches!(reason, WaitReason::Diverged(_) | WaitReason::Membership(_));
+                if refuses && self.scope.has_one_rightful_server() {
+                    self.world.accuse(Violation::LockedOut);
+                }
+                return;
+            }
             ProposerAction::NothingToRecover => {
                 self.stop_worker(server);
                 self.world.servers[server].edit().up = true;
@@ -298,5 +321,28 @@ impl Run<'_> {
         let append = node.proposer.as_mut()?.next_append(peer, wal, NOW_MS)?;
         let entries = node.entries[next..next + append.len as usize].to_vec();
         Some((append, entries))
+    }
+}
+
+/// By the insert position while the server writes, and by all that its history file says.
+fn local_log(scope: &Scope, node: &Server) -> LocalLog {
+    let by_flush = node.up && scope.breaks(Mutation::WorkerStandsByFlushLsn);
+    let end = if by_flush {
+        node.flushed
+    } else {
+        node.entries.len()
+    };
+    let history = if scope.breaks(Mutation::NoLocalHistory) {
+        TermHistory::default()
+    } else {
+        node.history.clone()
+    };
+    LocalLog {
+        history,
+        tli: Tli(1),
+        end_lsn: lsn(end),
+        unled_from: None,
+        timeline_files: Vec::new(),
+        configuration: node.configuration.clone(),
     }
 }

@@ -173,6 +173,7 @@ pub enum Violation {
     CommitWentBack,
     OtherBytes,
     AnsweredBeforeDurable,
+    LockedOut,
     Refused(String),
     Panicked(String),
 }
