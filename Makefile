@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 PG_CONFIG ?= /usr/lib/postgresql/15/bin/pg_config
 export PG_CONFIG
 
-.PHONY: help demo demo-stop test soak fuzz check install
+.PHONY: help demo demo-stop test mutations soak fuzz check install
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -18,6 +18,9 @@ demo-stop: ## stop what `make demo` started, remove its data
 
 test: ## everything: lints, unit tests, tests on real clusters
 	@scripts/test
+
+mutations: ## break each rule on purpose; the tests must notice
+	@scripts/mutations
 
 soak: ## SEEDS=100000 simulated clusters, fresh ones; takes hours
 	@scripts/soak
