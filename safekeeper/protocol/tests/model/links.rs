@@ -10,6 +10,9 @@ use safekeeper_protocol::*;
 use super::step::{NOW_MS, Run, Step};
 use super::world::*;
 
+/// Answers and greetings of one step, at most: there are six links, and few words on each.
+const HEARD_MAX: usize = 500;
+
 impl Run<'_> {
     pub fn connect(&mut self, server: usize, safekeeper: usize) {
         let link = self.world.links[server][safekeeper].edit();
@@ -126,7 +129,15 @@ impl Run<'_> {
         {
             return None;
         }
-        while self.hear_one() || self.greet_one() {}
+        let mut heard = 0;
+        while self.hear_one() || self.greet_one() {
+            heard += 1;
+            // One refuses, on each connection anew, what the other will say again.
+            if heard > HEARD_MAX {
+                self.world.accuse(Violation::Endless);
+                break;
+            }
+        }
         Some(())
     }
 

@@ -174,6 +174,7 @@ pub enum Violation {
     OtherBytes,
     AnsweredBeforeDurable,
     LockedOut,
+    Endless,
     Refused(String),
     Panicked(String),
 }
