@@ -135,7 +135,7 @@ impl Cluster {
                 let runs = self.servers[server]
                     .process
                     .as_ref()
-                    .is_some_and(|p| p.wal.is_some());
+                    .is_some_and(|p| p.wal.is_some() && p.won.is_none());
                 if !runs {
                     return false;
                 }
@@ -200,7 +200,8 @@ impl Cluster {
     /// The server takes its connection for dead, which it is not.
     fn duplicate_connection(&mut self, server: ServerIdx, node: NodeIdx) -> bool {
         let now_ms = self.now_ms + self.servers[server].clock_ahead_ms;
-        let Some(process) = &mut self.servers[server].process else {
+        let running = self.servers[server].process.as_mut();
+        let Some(process) = running.filter(|process| process.won.is_none()) else {
             return false;
         };
         let Some(id) = process.connections[node].take() else {

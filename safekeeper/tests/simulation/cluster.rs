@@ -62,6 +62,11 @@ pub enum Event {
         server: ServerIdx,
         proposer: u64,
     },
+    /// Recovery is over, or after that: the worker comes.
+    Recover {
+        server: ServerIdx,
+        proposer: u64,
+    },
     Housekeep {
         node: NodeIdx,
     },
@@ -219,7 +224,8 @@ impl Cluster {
             | Event::Insert { server: idx }
             | Event::FlushLocal { server: idx, .. }
             | Event::HistoryPersisted { server: idx, .. }
-            | Event::ReadDonor { server: idx, .. } => server(idx),
+            | Event::ReadDonor { server: idx, .. }
+            | Event::Recover { server: idx, .. } => server(idx),
             Event::StartNode { .. }
             | Event::StartServer { .. }
             | Event::Consume
@@ -254,6 +260,7 @@ impl Cluster {
                 self.history_persisted(server, proposer)
             }
             Event::ReadDonor { server, proposer } => self.read_donor(server, proposer),
+            Event::Recover { server, proposer } => self.recover(server, proposer),
             Event::Housekeep { node } => self.housekeep(node),
             Event::StartNode { node } => self.start_node(node),
             Event::StartServer { server } => self.start_server(server),

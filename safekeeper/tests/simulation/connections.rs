@@ -29,7 +29,8 @@ impl Cluster {
         let Some(process) = &self.servers[server].process else {
             return;
         };
-        if process.connections[peer].is_some() {
+        // Between the start's proposer and the worker nobody dials.
+        if process.connections[peer].is_some() || process.won.is_some() {
             return;
         }
         let node = &self.nodes[peer];

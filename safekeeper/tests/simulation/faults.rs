@@ -134,6 +134,10 @@ pub enum Mark {
     Struck(Fault),
     Committed,
     ElectedMoreThanOnce,
+    /// A worker went on with the term that the start of its server had won.
+    TermHandedOver,
+    /// A server died between winning and its worker's beginning.
+    DiedBeforeHandOver,
     ThreeServers,
     /// A safekeeper cut WAL that it had flushed.
     Truncated,
@@ -166,9 +170,11 @@ pub enum Mark {
 }
 
 impl Mark {
-    pub const EVENTS: [Mark; 24] = [
+    pub const EVENTS: [Mark; 26] = [
         Mark::Committed,
         Mark::ElectedMoreThanOnce,
+        Mark::TermHandedOver,
+        Mark::DiedBeforeHandOver,
         Mark::ThreeServers,
         Mark::Truncated,
         Mark::LocalTailLost,

@@ -2,10 +2,13 @@
 //! history, and while it runs a real `Proposer` in the place of the worker.
 //!
 //! ```text
-//!   Down ──start──► Starting ──won, completed──► Running ──crash──► Down
-//!                   BeforeRecovery               inserts, flushes; the worker may
-//!                                                die and stand again (Standing::Running)
+//!   Down ──start──► Starting ──won, completed──► Recovering ──► Running ──crash──► Down
+//!                   BeforeRecovery               the term is     inserts, flushes; the worker may
+//!                                                handed over     die and stand again (Standing::Running)
 //! ```
+//!
+//! What wins before recovery is a proposer in the postmaster, and ends with that. The worker comes
+//! after recovery has written its records, and goes on in the same term, once.
 //!
 //! WAL is real: records written by `synthetic`, found again at start by decoding. A crash keeps
 //! what was flushed and any part of the rest. WAL may be pushed before it is flushed, so the
@@ -19,8 +22,8 @@ use std::ops::Range;
 
 use safekeeper_protocol::mutation::{Mutation, is_on};
 use safekeeper_protocol::{
-    Configuration, LocalLog, LocalWal, Lsn, PeerAddress, Proposer, ProposerId, ProposerSettings,
-    Standing, TermHistory, Tli, WonTerm,
+    Configuration, LocalLog, LocalWal, Lsn, PeerAddress, Proposer, ProposerAction, ProposerId,
+    ProposerSettings, Standing, TermHistory, Tli, WonTerm,
 };
 use safekeeper_wal::WalDecoder;
 use safekeeper_wal::synthetic::WalBuilder;
@@ -65,6 +68,10 @@ pub struct Postgres {
 pub struct Process {
     /// Number of the proposer, unique in a run.
     pub id: u64,
+    /// Number of the proposer that won this reign, or would: another one's if it was handed over.
+    pub reign: u64,
+    /// Won before recovery, for the worker. Until that has come no proposer acts.
+    pub won: Option<WonTerm>,
     pub proposer: Proposer,
     /// The connection to each peer, if there is one that the proposer uses.
     pub connections: Vec<Option<u64>>,
@@ -240,6 +247,44 @@ impl Postgres {
         self.process = Some(process);
     }
 
+    /// After recovery the worker comes, and goes on with the reign that the start has won. It has
+    /// no connection yet.
+    pub fn start_worker(
+        &mut self,
+        id: u64,
+        settings: Settings,
+        random: &mut Random,
+        now_ms: u64,
+    ) -> Vec<ProposerAction> {
+        let Some(won) = self.process.as_mut().and_then(|old| old.won.take()) else {
+            return Vec::new();
+        };
+        let mut actions = Vec::new();
+        let peers = self.proposer_settings(settings, random);
+        let local = self.data.local_log(Standing::Running);
+        let proposer = Proposer::elected(peers, local, won, now_ms, &mut actions);
+        let process = self.process.as_mut().expect("it has handed its term over");
+        process.id = id;
+        process.proposer = proposer;
+        process.connections = vec![None; settings.n_nodes];
+        process.next_tick_ms = u64::MAX;
+        actions
+    }
+
+    fn proposer_settings(&self, settings: Settings, random: &mut Random) -> ProposerSettings {
+        let peers = (1..=settings.n_nodes).map(|id| PeerAddress {
+            host: format!("sk{id}"),
+            port: 5454,
+        });
+        ProposerSettings {
+            proposer_id: self.data.proposer_id,
+            cluster: cluster_identity(),
+            peers: peers.collect(),
+            member_timeout_ms: settings.member_timeout_ms,
+            seed: random.next(),
+        }
+    }
+
     fn new_process(
         &self,
         id: u64,
@@ -248,17 +293,7 @@ impl Postgres {
         random: &mut Random,
         now_ms: u64,
     ) -> Process {
-        let peers = (1..=settings.n_nodes).map(|id| PeerAddress {
-            host: format!("sk{id}"),
-            port: 5454,
-        });
-        let proposer_settings = ProposerSettings {
-            proposer_id: self.data.proposer_id,
-            cluster: cluster_identity(),
-            peers: peers.collect(),
-            member_timeout_ms: settings.member_timeout_ms,
-            seed: random.next(),
-        };
+        let proposer_settings = self.proposer_settings(settings, random);
         let local = self.data.local_log(standing);
         let won = won_by_the_file(&self.data.history).filter(|_| {
             standing == Standing::BeforeRecovery && is_on(Mutation::TermFromHistoryFile)
@@ -269,6 +304,8 @@ impl Postgres {
         };
         Process {
             id,
+            reign: id,
+            won: None,
             proposer,
             connections: vec![None; settings.n_nodes],
             pushes_early: random.chance(700),

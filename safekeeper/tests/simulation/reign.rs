@@ -29,9 +29,17 @@ impl Cluster {
         let Some(process) = &mut self.servers[idx].process else {
             return;
         };
+        if process.won.is_some() {
+            return;
+        }
         let id = process.id;
         let mut actions = Vec::new();
         with(&mut process.proposer, now_ms, &mut actions);
+        self.carry_out_all(idx, id, actions);
+    }
+
+    /// Carries out what a proposer asked for, as far as it lives, and sends what it can then.
+    pub fn carry_out_all(&mut self, idx: ServerIdx, id: u64, actions: Vec<ProposerAction>) {
         for action in actions {
             if self.process_of(idx, id).is_none() {
                 return;
@@ -173,6 +181,11 @@ impl Cluster {
     }
 
     pub fn lead(&mut self, idx: ServerIdx, term: Term, start_lsn: Lsn) {
+        let process = self.servers[idx].process.as_ref().expect("it leads");
+        if process.reign != process.id {
+            // The start has won it, and the judge knows.
+            return self.tally.add(Mark::TermHandedOver);
+        }
         self.n_elections += 1;
         if self.n_elections > 1 {
             self.tally.add(Mark::ElectedMoreThanOnce);
@@ -195,11 +208,41 @@ impl Cluster {
             log: data.bytes(base, start_lsn),
         });
         if process.wal.is_none() {
+            let process = self.servers[idx].process.as_mut().expect("it leads");
+            process.won = process.proposer.hand_over();
+            let proposer = process.id;
+            // What it still has to say gets out, or not.
+            if self.random.chance(500) {
+                self.close_all(idx);
+            }
+            let in_ms = self.random.range(1..500);
+            let server = idx;
+            self.at(in_ms, Event::Recover { server, proposer });
+        }
+    }
+
+    /// Recovery ends and the server writes; then the worker comes, with the term that was won.
+    pub fn recover(&mut self, idx: ServerIdx, proposer: u64) {
+        let Some(process) = self.process_of(idx, proposer) else {
+            return;
+        };
+        if process.wal.is_none() {
             let mut random = self.random.fork();
             self.unchecked
                 .extend(self.servers[idx].recover(&mut random));
             self.flush_later(idx);
+            let in_ms = [1, 10, 1000][self.random.below(3) as usize];
+            let server = idx;
+            return self.at(in_ms, Event::Recover { server, proposer });
         }
+        self.close_all(idx);
+        let (id, settings) = (self.next_proposer_id(), self.settings);
+        let mut random = self.random.fork();
+        let now_ms = self.server_clock(idx);
+        let actions = self.servers[idx].start_worker(id, settings, &mut random, now_ms);
+        self.say(|| format!("server {idx} hands its term over to its worker, proposer {id}"));
+        self.carry_out_all(idx, id, actions);
+        self.dial_all(idx);
     }
 
     pub fn commit(&mut self, idx: ServerIdx, lsn: Lsn) {
@@ -208,7 +251,7 @@ impl Cluster {
         let (before, data) = (process.commit_lsn, &server.data);
         process.commit_lsn = lsn;
         self.checker.observe(&Fact::Committed {
-            proposer: process.id,
+            proposer: process.reign,
             term: process.proposer.term(),
             before,
             base: data.base,

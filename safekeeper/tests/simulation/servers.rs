@@ -88,6 +88,9 @@ impl Cluster {
         let (data, lost) = server.data.crashed(&mut self.random);
         let pushed = process.pushes_early && process.proposer.is_leading();
         server.data = data;
+        if process.won.is_some() {
+            self.tally.add(Mark::DiedBeforeHandOver);
+        }
         self.say(|| format!("server {idx} crashes, {lost} bytes lost"));
         if lost > 0 && pushed {
             self.tally.add(Mark::LocalTailLost);
