@@ -291,6 +291,10 @@ impl Timelines {
         self.begins.is_empty()
     }
 
+    pub fn contains(&self, tli: Tli) -> bool {
+        self.begins.iter().any(|(known, _)| *known == tli)
+    }
+
     pub fn last(&self) -> Option<Tli> {
         self.begins.last().map(|(tli, _)| *tli)
     }

@@ -46,8 +46,10 @@ impl TimelineFiles {
     }
 
     /// Makes `files` the ones that are there, newest first. Others stay only if the newest of
-    /// `files` calls their timeline an ancestor.
-    pub fn replace(&mut self, files: &[TimelineFile]) -> Result<(), StorageError> {
+    /// `files` calls their timeline an ancestor, or if our log runs over it: a standby that is being
+    /// promoted may not have come so far, and brings no file of a timeline that it is about to
+    /// follow us to.
+    pub fn replace(&mut self, files: &[TimelineFile], log: &Timelines) -> Result<(), StorageError> {
         let newest = files.first().and_then(parse);
         let mut changed = false;
         for file in files {
@@ -62,7 +64,8 @@ impl TimelineFiles {
                 ancestors.any(|ancestor| ancestor.tli == tli.0)
             };
             let wanted = files.iter().any(|file| file.tli == tli);
-            if !wanted && !newest.as_ref().is_some_and(is_ancestor) {
+            let is_ours = log.contains(tli) || newest.as_ref().is_some_and(is_ancestor);
+            if !wanted && !is_ours {
                 self.disk.remove(&self.path(tli))?;
                 changed = true;
             }
@@ -70,7 +73,7 @@ impl TimelineFiles {
         if changed {
             self.disk.sync_dir(&self.dir)?;
         }
-        self.newest = newest;
+        self.newest = self.read_all()?.first().and_then(parse);
         Ok(())
     }
 
@@ -190,16 +193,37 @@ mod tests {
         let mut files = open(&temp);
         let two = file(2, "1\t0/2000000\tno recovery target specified\n");
         let three = file(3, "1\t0/2000000\tx\n\n2\t0/3000000\ty\n");
-        files.replace(&[three.clone(), two.clone()]).unwrap();
+        let none = Timelines::default();
+        files.replace(&[three.clone(), two.clone()], &none).unwrap();
         assert_eq!(files.read_all().unwrap(), [three.clone(), two.clone()]);
 
         // Only the newest is brought: timeline 2 is its ancestor.
         let four = file(4, "1\t0/2000000\tx\n2\t0/3500000\ty\n");
-        files.replace(std::slice::from_ref(&four)).unwrap();
+        files.replace(std::slice::from_ref(&four), &none).unwrap();
         assert_eq!(tlis(&files), [4, 2]);
         assert_eq!(open(&temp).read_all().unwrap(), [four, two]);
 
-        files.replace(&[]).unwrap();
+        files.replace(&[], &none).unwrap();
+        assert_eq!(tlis(&files), [0u32; 0]);
+    }
+
+    /// Found by the simulation: a standby won that had not come to timeline 2 yet, and the file of
+    /// timeline 2, of which the log had WAL, was gone from the quorum.
+    #[test]
+    fn the_files_of_timelines_in_the_log_outlive_a_proposer_that_does_not_know_them() {
+        let temp = tempfile::tempdir().unwrap();
+        let mut files = open(&temp);
+        let mut log = Timelines::default();
+        log.go_on(Tli(1), Lsn(0x100_0000));
+        let two = file(2, "1\t0/2000000\tx\n");
+        files.replace(std::slice::from_ref(&two), &log).unwrap();
+        log.go_on(Tli(2), Lsn(0x200_0000));
+        files.replace(&[], &log).unwrap();
+        assert_eq!(files.read_all().unwrap(), [two]);
+        assert_eq!(files.expected(&log).tli_at(Lsn(0x200_0000)), 2);
+        // A promotion to it that left no WAL is undone.
+        log.cut(Lsn(0x200_0000));
+        files.replace(&[], &log).unwrap();
         assert_eq!(tlis(&files), [0u32; 0]);
     }
 
@@ -211,7 +235,10 @@ mod tests {
         timelines.go_on(Tli(2), Lsn(0x200_0000));
         // Where the log begins there are pages of timeline 1, which only the file knows.
         assert_eq!(files.expected(&timelines).tli_at(Lsn(0x200_0000)), 2);
-        files.replace(&[file(2, "1\t0/2000100\tx\n")]).unwrap();
+        let log = Timelines::default();
+        files
+            .replace(&[file(2, "1\t0/2000100\tx\n")], &log)
+            .unwrap();
         assert_eq!(files.expected(&timelines).tli_at(Lsn(0x200_0000)), 1);
         assert_eq!(files.expected(&timelines).tli_at(Lsn(0x200_0100)), 2);
         // An older file says nothing about a newer timeline.
@@ -220,12 +247,12 @@ mod tests {
         // One that contradicts what the control file knows of the log has decayed.
         timelines.go_on(Tli(4), Lsn(0x400_0000));
         let decayed = "1\t0/2000100\tx\n2\t0/3000000\tx\n3\t0/4800000\tx\n";
-        files.replace(&[file(4, decayed)]).unwrap();
+        files.replace(&[file(4, decayed)], &log).unwrap();
         assert_eq!(files.expected(&timelines).tli_at(Lsn(0x400_0000)), 4);
         assert_eq!(files.expected(&timelines).tli_at(Lsn(0x3FF_FFFF)), 3);
         timelines.cut(Lsn(0x400_0000));
         // One that can't be read is kept for whoever asks, and not believed.
-        files.replace(&[file(3, "nonsense")]).unwrap();
+        files.replace(&[file(3, "nonsense")], &log).unwrap();
         assert_eq!(files.expected(&timelines).tli_at(Lsn(0x300_0000)), 3);
         assert_eq!(tlis(&files), [3]);
     }

@@ -10,8 +10,10 @@
 //!                                           0/1400060                     newest: 2, 1 has ended
 //! ```
 
+use std::borrow::Cow;
+
 use safekeeper_protocol::{AcceptorState, Lsn, TimelineFile, Tli};
-use safekeeper_wal::TimelineHistory;
+use safekeeper_wal::{TimelineHistory, TimelineSwitch};
 
 use crate::pgwire::ErrorReport;
 
@@ -56,9 +58,40 @@ impl View {
         self.state.history == other.state.history && self.timeline_files == other.timeline_files
     }
 
-    /// The history file of a timeline, as Postgres wrote it. Timeline 1 has none.
-    pub fn timeline_file(&self, tli: Tli) -> Option<&TimelineFile> {
-        self.timeline_files.iter().find(|file| file.tli == tli)
+    /// The history file of a timeline, as Postgres wrote it; timeline 1 has none. A safekeeper that
+    /// got the timeline's WAL from a donor, for a standby that had not come so far, has not got its
+    /// file: then one that says the same.
+    pub fn timeline_file(&self, tli: Tli) -> Option<Cow<'_, TimelineFile>> {
+        let file = self.timeline_files.iter().find(|file| file.tli == tli);
+        file.map(Cow::Borrowed)
+            .or_else(|| self.file_by_terms(tli).map(Cow::Owned))
+    }
+
+    /// From the newest older file, or from timeline 1, by way of the term history.
+    fn file_by_terms(&self, tli: Tli) -> Option<TimelineFile> {
+        let entries = self.state.history.entries();
+        entries.iter().find(|entry| entry.tli == tli)?;
+        let older = self.timeline_files.iter().find(|file| file.tli < tli);
+        let mut history = match older {
+            Some(file) => TimelineHistory::parse(file.tli.0, str::from_utf8(&file.content).ok()?),
+            None => Ok(TimelineHistory::root(1)),
+        }
+        .ok()?;
+        // The older one must be one of the log's, so that nothing is left out between them.
+        entries.iter().find(|entry| entry.tli.0 == history.tli)?;
+        let newer = entries.iter().filter(|entry| entry.tli <= tli);
+        for entry in newer {
+            if entry.tli.0 > history.tli {
+                history.ancestors.push(TimelineSwitch {
+                    tli: history.tli,
+                    end_lsn: entry.start_lsn,
+                    reason: "as the safekeepers know it".to_owned(),
+                });
+                history.tli = entry.tli.0;
+            }
+        }
+        let content = history.to_string().into_bytes();
+        Some(TimelineFile { tli, content })
     }
 
     /// None if `tli` is the newest; an error if it is not an ancestor of the newest.
@@ -85,8 +118,8 @@ impl View {
 
     /// The newest timeline's history file names all its ancestors, those before our log too.
     fn end_by_file(&self, tli: Tli, newest: Tli) -> Option<TimelineEnd> {
-        let content = str::from_utf8(&self.timeline_file(newest)?.content).ok()?;
-        let history = TimelineHistory::parse(newest.0, content).ok()?;
+        let file = self.timeline_file(newest)?;
+        let history = TimelineHistory::parse(newest.0, str::from_utf8(&file.content).ok()?).ok()?;
         let at = history.ancestors.iter().position(|a| a.tli == tli.0)?;
         let next = history.ancestors.get(at + 1).map_or(newest.0, |a| a.tli);
         Some(TimelineEnd {
@@ -188,5 +221,27 @@ mod tests {
             assert_eq!(end(5, 0x200), Ok(None));
             assert_eq!(end(6, 0x200), Err(()));
         }
+    }
+
+    #[test]
+    fn a_file_that_never_came_is_written_from_the_term_history() {
+        let mut view = view(true);
+        let text = |view: &View, tli| {
+            let file = view.timeline_file(Tli(tli))?.into_owned();
+            Some(String::from_utf8(file.content).expect("text"))
+        };
+        assert_eq!(
+            text(&view, 5),
+            None,
+            "the file before it is missing as well"
+        );
+        view.timeline_files.push(TimelineFile {
+            tli: Tli(2),
+            content: b"1\t0/20\tx\n".to_vec(),
+        });
+        let five = "1\t0/20\tx\n\n2\t0/100\tas the safekeepers know it\n";
+        assert_eq!(text(&view, 5).as_deref(), Some(five));
+        assert_eq!(text(&view, 2).as_deref(), Some("1\t0/20\tx\n"));
+        assert_eq!(text(&view, 3), None);
     }
 }

@@ -309,9 +309,9 @@ impl WalStorage {
     }
 
     /// Replaces the timeline history files by `files`, newest first, and removes those of
-    /// timelines that are not among them or their ancestors.
+    /// timelines that are not among them, their ancestors, or in the log.
     pub fn replace_timeline_files(&mut self, files: &[TimelineFile]) -> Result<(), StorageError> {
-        self.timeline_files.replace(files)?;
+        self.timeline_files.replace(files, &self.timelines)?;
         self.expect_timelines();
         Ok(())
     }
