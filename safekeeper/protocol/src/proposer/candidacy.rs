@@ -155,6 +155,12 @@ impl Proposer {
         if greeted < needed {
             return Err(WaitReason::NoQuorum { greeted, needed });
         }
+        // A standby came from somewhere: those who know of it have not answered yet, and to end its
+        // recovery because some spare safekeepers were faster would fork it.
+        if self.standing == Standing::Standby {
+            let reason = "no safekeeper that has answered belongs to a quorum";
+            return Err(WaitReason::Membership(reason.to_string()));
+        }
         Ok(Prospect::NothingToRecover)
     }
 
