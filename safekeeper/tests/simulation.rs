@@ -26,10 +26,16 @@ mod connections;
 mod consumer;
 #[path = "simulation/disk.rs"]
 mod disk;
+#[path = "simulation/donor.rs"]
+mod donor;
 #[path = "simulation/expected_log.rs"]
 mod expected_log;
 #[path = "simulation/faults.rs"]
 mod faults;
+#[path = "simulation/healing.rs"]
+mod healing;
+#[path = "simulation/membership.rs"]
+mod membership;
 #[cfg(feature = "mutations")]
 #[path = "../protocol/tests/mutations/mod.rs"]
 mod mutations;
@@ -47,6 +53,8 @@ mod reign;
 mod safekeepers;
 #[path = "simulation/servers.rs"]
 mod servers;
+#[path = "simulation/standby.rs"]
+mod standby;
 #[path = "simulation/storage_model.rs"]
 mod storage_model;
 

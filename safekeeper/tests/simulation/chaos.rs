@@ -1,19 +1,13 @@
-//! Faults as they strike a cluster, what relieves them, and the end of all of them.
-//!
-//! After the time of faults everything is healed and an operator comes: safekeepers that are lost
-//! stay down, all others run. First the servers are left alone. If that is not enough they are
-//! restarted, as a crashed server would be. If that is not enough either, since each of them has
-//! diverged, one is made from a safekeeper's log. That one must commit new WAL within a bound.
+//! Faults as they strike a cluster, and what relieves them.
 
-use safekeeper_protocol::Lsn;
+use safekeeper::segment::Timelines;
 
 use super::SEGMENT_SIZE;
-use super::checker::Event as Fact;
 use super::cluster::{Cluster, Event};
 use super::disk::FaultRates;
 use super::faults::{Fault, Mark};
 use super::network::{Direction, NodeIdx, ServerIdx};
-use super::node::{Node, Outcome};
+use super::node::Node;
 use super::postgres::new_proposer_id;
 
 impl Cluster {
@@ -124,12 +118,18 @@ impl Cluster {
             Fault::ControlBitFlip => return self.flip_control(node),
             Fault::NodeWiped => return self.wipe(node),
             Fault::ServerCrash => {
-                if self.servers[server].process.is_none() {
+                let postgres = &self.servers[server];
+                if postgres.process.is_none() && postgres.standby.is_none() {
                     return false;
                 }
                 self.crash_server(server);
                 let in_ms = self.random.range(10..5000);
                 self.at(in_ms, Event::StartServer { server });
+            }
+            Fault::WorkerRestart if self.servers[server].standby.is_some() => {
+                let promotes = self.servers[server].process.is_some();
+                self.stop_promotion(server);
+                return promotes;
             }
             Fault::WorkerRestart => {
                 let runs = self.servers[server]
@@ -142,11 +142,18 @@ impl Cluster {
                 self.restart_worker(server);
             }
             Fault::Failover => return self.fail_over(node),
+            Fault::HandPromotion => return self.promote_by_hand(server),
+            Fault::Rejoin => return self.strike_rejoin(server),
+            Fault::MemberChange => return self.change_members(),
+            Fault::MemberChangeGivenUp => return self.give_up_change(),
             Fault::Copy => return self.copy(server),
             Fault::DamagedAppend => self.damages_next_append = true,
             Fault::StartedAlone => {
+                if self.servers[server].data.is_standby {
+                    return false;
+                }
                 self.crash_server(server);
-                if self.servers[server].is_given_up {
+                if self.servers[server].is_given_up || self.servers[server].data.is_standby {
                     return false;
                 }
                 self.start_server_alone(server);
@@ -181,7 +188,7 @@ impl Cluster {
         let Some(process) = &mut self.servers[server].process else {
             return false;
         };
-        let Some(id) = process.connections[node] else {
+        let Some(id) = process.connections.get(node).copied().flatten() else {
             return false;
         };
         let kept = self.random.below(4) as usize;
@@ -204,7 +211,7 @@ impl Cluster {
         let Some(process) = running.filter(|process| process.won.is_none()) else {
             return false;
         };
-        let Some(id) = process.connections[node].take() else {
+        let Some(id) = process.connections.get_mut(node).and_then(Option::take) else {
             return false;
         };
         process
@@ -225,16 +232,9 @@ impl Cluster {
         true
     }
 
-    /// May this member be lost for good? Not before there is something to lose: a first
-    /// configuration binds those it names, and nobody else can take their place.
-    fn may_lose(&self, node: NodeIdx) -> bool {
-        let lost = self.nodes.iter().filter(|node| node.is_lost).count();
-        let minority = (self.nodes.len() - 1) / 2;
-        self.checker.committed_lsn().is_valid() && !self.nodes[node].is_lost && lost < minority
-    }
-
     /// Below the commit_lsn that is persisted, or behind the end of the log.
     fn flip_wal(&mut self, idx: NodeIdx) -> bool {
+        let may_lose = self.may_lose(idx);
         let node = &self.nodes[idx];
         let (Some(state), Some((_, oldest_lsn, flush_lsn))) = (node.state(), node.log()) else {
             return false;
@@ -253,7 +253,7 @@ impl Cluster {
             }
             (from + self.random.below(segment_end - from), false)
         } else {
-            if !self.may_lose(idx) || state.commit_lsn <= oldest_lsn {
+            if !may_lose || state.commit_lsn <= oldest_lsn {
                 return false;
             }
             (
@@ -262,7 +262,7 @@ impl Cluster {
             )
         };
         let node = &self.nodes[idx];
-        let path = Node::segment_path(lsn);
+        let path = node.segment_path(&Timelines::new(&state.history), lsn);
         if !self.is_checked(lsn) || node.disk.read(&path).is_none() {
             return false;
         }
@@ -285,7 +285,8 @@ impl Cluster {
     }
 
     fn wipe(&mut self, idx: NodeIdx) -> bool {
-        if !self.may_lose(idx) {
+        // What is damaged beyond repair is lost already.
+        if !self.nodes[idx].is_lost && !self.may_lose(idx) {
             return false;
         }
         self.end_node(idx, true);
@@ -296,18 +297,51 @@ impl Cluster {
         true
     }
 
-    fn fail_over(&mut self, idx: NodeIdx) -> bool {
-        if self.nodes[idx].is_lost {
-            return false;
+    /// A standby is promoted, now or soon, whatever the old primary does meanwhile. It is made
+    /// first if there is none.
+    fn fail_over(&mut self, node: NodeIdx) -> bool {
+        let standby = (0..self.servers.len()).find(|idx| self.servers[*idx].standby.is_some());
+        let server = match standby {
+            Some(server) => server,
+            None => {
+                let Some(data) = self.data_from_node(node) else {
+                    return false;
+                };
+                let Some(server) = self.place_for_server(data) else {
+                    return false;
+                };
+                self.start_server(server);
+                server
+            }
+        };
+        for other in (0..self.servers.len()).filter(|other| *other != server) {
+            match self.random.below(6) {
+                0 => self.crash_server(other),
+                1 => self.servers[other].stopped_until_ms = self.now_ms + 5000,
+                2 => (0..self.nodes.len()).for_each(|node| {
+                    self.network.block(other, node, Direction::ToNode);
+                    self.relieve_later(node);
+                }),
+                _ => {}
+            }
         }
-        let Some(data) = self.data_from_node(idx) else {
-            return false;
-        };
-        let Some(server) = self.place_for_server(data) else {
-            return false;
-        };
-        self.start_server(server);
+        let in_ms = [1, self.random.range(1..3000)][self.random.below(2) as usize];
+        self.at(in_ms, Event::Promote { server });
         true
+    }
+
+    /// One that was refused or deposed, or sometimes any, becomes a standby.
+    fn strike_rejoin(&mut self, server: ServerIdx) -> bool {
+        let refused = |idx: &ServerIdx| {
+            let server = &self.servers[*idx];
+            let states = ["deposed", "refused"];
+            let process = server.process.as_ref();
+            server.is_given_up || process.is_some_and(|p| states.contains(&p.proposer.state_name()))
+        };
+        match (0..self.servers.len()).find(refused) {
+            Some(refused) => self.rejoin(refused),
+            None => self.random.chance(200) && self.rejoin(server),
+        }
     }
 
     fn copy(&mut self, original: ServerIdx) -> bool {
@@ -321,172 +355,5 @@ impl Cluster {
         };
         self.start_server(server);
         true
-    }
-
-    // ---- the end --------------------------------------------------------------------------
-
-    /// Ends all faults, and demands progress. Then everybody's log is looked at once more.
-    pub fn heal(&mut self) {
-        self.end_all_faults();
-        let bound_ms = 30_000 + 3 * self.settings.member_timeout_ms;
-        let progressed = self.wait_for_commit(5000 + 3 * self.settings.member_timeout_ms)
-            || self.restart_servers(bound_ms / 2);
-        if progressed {
-            self.tally.add(Mark::HealedWithoutRebuild);
-        } else {
-            self.rebuild(bound_ms);
-        }
-        self.look_at_everything();
-        for node in 0..self.nodes.len() {
-            self.keep_disk_marks(node);
-        }
-    }
-
-    fn end_all_faults(&mut self) {
-        self.say(|| format!("healing: {}", self.describe()));
-        self.is_healing = true;
-        self.damages_next_append = false;
-        self.network.unblock_all();
-        for node in 0..self.nodes.len() {
-            self.relieve(node);
-            self.nodes[node].disk.disarm();
-            self.nodes[node].stopped_until_ms = 0;
-            let serves = self.nodes[node].keeper().is_some() || self.nodes[node].state().is_none();
-            if self.nodes[node].is_up() && (self.nodes[node].is_lost || !serves) {
-                self.end_node(node, false);
-            }
-            self.at(10, Event::StartNode { node });
-        }
-        for server in 0..self.servers.len() {
-            self.servers[server].stopped_until_ms = 0;
-            if let Some(process) = &mut self.servers[server].process {
-                process.append_len_max = 1 << 20;
-            }
-        }
-    }
-
-    /// True once a server has committed WAL that it inserts from now on.
-    fn wait_for_commit(&mut self, bound_ms: u64) -> bool {
-        let ends: Vec<Lsn> = self
-            .servers
-            .iter()
-            .map(|server| server.data.end())
-            .collect();
-        let progressed = |cluster: &Cluster| {
-            let mut servers = cluster.servers.iter().zip(&ends);
-            servers.any(|(server, end)| {
-                server
-                    .process
-                    .as_ref()
-                    .is_some_and(|process| process.commit_lsn > *end)
-            })
-        };
-        self.run(self.now_ms + bound_ms, progressed);
-        progressed(self)
-    }
-
-    /// One after the other, as if it had crashed, and alone.
-    fn restart_servers(&mut self, bound_ms: u64) -> bool {
-        for server in 0..self.servers.len() {
-            for other in 0..self.servers.len() {
-                self.crash_server(other);
-                self.servers[other].is_given_up = true;
-            }
-            self.servers[server].is_given_up = false;
-            self.start_server(server);
-            if self.wait_for_commit(bound_ms) {
-                return true;
-            }
-        }
-        false
-    }
-
-    /// A standby of the best log is promoted.
-    fn rebuild(&mut self, bound_ms: u64) {
-        for server in 0..self.servers.len() {
-            self.crash_server(server);
-            self.servers[server].is_given_up = true;
-        }
-        let sound = (0..self.nodes.len()).filter(|node| !self.nodes[*node].is_lost);
-        let rank = |node: &usize| {
-            let (history, _, flush_lsn) = self.nodes[*node].log()?;
-            Some(safekeeper_protocol::Log::new(&history, flush_lsn).rank())
-        };
-        let best = sound.max_by_key(rank);
-        let data = best.and_then(|node| self.data_from_node(node));
-        // With no WAL anywhere it is still the first use.
-        let data = data.unwrap_or_else(|| {
-            let mut data = self.servers[0].data.clone();
-            data.history = Default::default();
-            data
-        });
-        let server = self
-            .place_for_server(data)
-            .expect("all servers were given up");
-        self.start_server(server);
-        let since_ms = self.now_ms;
-        let progressed = self.wait_for_commit(bound_ms);
-        let state = self.describe();
-        let now_ms = since_ms + bound_ms;
-        self.checker.observe(&Fact::Healed {
-            since_ms,
-            now_ms,
-            bound_ms,
-            progressed,
-            state: &state,
-        });
-    }
-
-    /// Reads what every sound safekeeper would send a consumer, from end to end.
-    fn look_at_everything(&mut self) {
-        for idx in 0..self.nodes.len() {
-            if self.nodes[idx].is_lost {
-                continue;
-            }
-            let Some((history, oldest_lsn, flush_lsn)) = self.nodes[idx].log() else {
-                continue;
-            };
-            let id = self.nodes[idx].id.0;
-            let mut begin = history
-                .first()
-                .map_or(oldest_lsn, |first| oldest_lsn.max(first.start_lsn));
-            while let Outcome::Done(Some(bytes)) = self.nodes[idx].consume(begin, 1 << 20) {
-                self.checker.observe(&Fact::Consumed {
-                    node: id,
-                    begin,
-                    bytes: &bytes,
-                });
-                begin = begin + bytes.len() as u64;
-            }
-            let commit_lsn = self.nodes[idx].keeper().map(|keeper| keeper.commit_lsn());
-            assert!(
-                commit_lsn.is_none_or(|commit_lsn| begin >= commit_lsn),
-                "consumer_sees_only_committed: safekeeper {id} can't be read from {begin} on"
-            );
-            if flush_lsn > oldest_lsn {
-                let bytes = self.nodes[idx].log_bytes(oldest_lsn, flush_lsn);
-                let whose = format!("safekeeper {id} in the end");
-                self.checker.observe(&Fact::Holds {
-                    whose: &whose,
-                    history: &history,
-                    begin: oldest_lsn,
-                    bytes: &bytes,
-                });
-            }
-        }
-    }
-
-    fn keep_disk_marks(&mut self, node: NodeIdx) {
-        let struck = self.nodes[node].disk.struck();
-        for (n, mark) in [
-            (struck.sectors_lost, Mark::SectorsLost),
-            (struck.sectors_torn, Mark::SectorsTorn),
-            (struck.names_lost, Mark::NamesLost),
-            (struck.io_errors, Mark::IoError),
-        ] {
-            if n > 0 {
-                self.tally.add(mark);
-            }
-        }
     }
 }

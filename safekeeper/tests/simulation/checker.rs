@@ -12,7 +12,8 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::ops::Bound;
 
-use safekeeper_protocol::{Lsn, Run, Term, TermHistory};
+use safekeeper_protocol::{Lsn, Run, Term, TermHistory, Tli};
+use safekeeper_wal::TimelineHistory;
 
 use super::SEGMENT_SIZE;
 use super::disk::Holds;
@@ -29,11 +30,13 @@ pub enum Event<'a> {
     /// A proposer calls its WAL committed up to `base + log.len()`.
     Committed {
         proposer: u64,
-        term: Term,
+        history: &'a TermHistory,
         before: Lsn,
         base: Lsn,
         log: &'a [u8],
     },
+    /// A reign writes WAL on this timeline, which came from this promotion.
+    WroteOn { tli: Tli, promotion: u64 },
     /// Somebody sends or holds these bytes of a log with this history.
     Holds {
         whose: &'a str,
@@ -60,6 +63,9 @@ pub enum Event<'a> {
         node: u64,
         before: Lsn,
         commit_lsn: Lsn,
+        /// The newest timeline it shows, and the one its log began on.
+        tli: Tli,
+        root: Tli,
     },
     /// A consumer was sent these bytes.
     Consumed {
@@ -84,6 +90,10 @@ pub struct Checker {
     committed: Stretch,
     /// Terms in which something was committed, and how far.
     commits: BTreeMap<Term, Lsn>,
+    /// Timelines of which something was committed, with their begin.
+    committed_timelines: BTreeMap<Tli, Lsn>,
+    /// Timelines on which a reign has written, and the promotion each came from.
+    promotions: BTreeMap<Tli, u64>,
 }
 
 #[derive(Debug)]
@@ -151,17 +161,20 @@ impl Checker {
             }
             Event::Committed {
                 proposer,
-                term,
+                history,
                 before,
                 base,
                 log,
             } => {
+                let term = history.last().map_or(Term::NONE, |last| last.term);
                 let end = base + log.len() as u64;
                 commit_never_goes_back(&format!("proposer {proposer}"), before, end);
                 self.one_proposer_per_term(proposer, term);
                 let new = before.max(base);
                 self.commit(term, new, &log[(new - base) as usize..]);
+                self.timelines_committed(history, end);
             }
+            Event::WroteOn { tli, promotion } => self.new_timelines_are_unique(tli, promotion),
             Event::Holds {
                 whose,
                 history,
@@ -191,7 +204,10 @@ impl Checker {
                 node,
                 before,
                 commit_lsn,
+                tli,
+                root,
             } => {
+                self.no_timeline_is_shown_before_it_is_committed(node, tli, root);
                 commit_never_goes_back(&format!("safekeeper {node}"), before, commit_lsn);
                 self.nothing_is_published_before_it_is_committed(node, commit_lsn);
             }
@@ -212,6 +228,42 @@ impl Checker {
 
     pub fn committed_lsn(&self) -> Lsn {
         self.committed.end()
+    }
+
+    pub fn committed_begin(&self) -> Lsn {
+        self.committed.begin
+    }
+
+    /// How much of this WAL, on these timelines, is committed WAL: none of it, or up to somewhere.
+    pub fn shared_with(&self, base: Lsn, wal: &[u8], timelines: &TimelineHistory) -> Option<Lsn> {
+        if self.committed.bytes.is_empty() || base > self.committed.end() {
+            return None;
+        }
+        let end = self.committed.end().min(base + wal.len() as u64);
+        let end = self
+            .committed
+            .first_difference(base, wal)
+            .unwrap_or(end)
+            .min(end);
+        // Bytes alone don't tell timelines apart: a record may be the same on both.
+        let theirs = self.committed_timelines.iter();
+        let ours = timelines
+            .ancestors
+            .iter()
+            .map(|ancestor| ancestor.tli)
+            .chain([timelines.tli]);
+        let ours: BTreeMap<Tli, Lsn> = ours
+            .filter_map(|tli| Some((Tli(tli), timelines.begin(tli)?)))
+            .collect();
+        let root = |begin: &Lsn| *begin <= self.committed.begin;
+        let parts = theirs
+            .filter(|(tli, begin)| !root(begin) && ours.get(tli) != Some(begin))
+            .map(|(_, begin)| *begin)
+            .chain(ours.iter().filter_map(|(tli, begin)| {
+                let known = self.committed_timelines.get(tli) == Some(begin);
+                (!root(begin) && !known).then_some(*begin)
+            }));
+        Some(parts.min().unwrap_or(end).min(end))
     }
 
     /// What `history` says was written at `begin..end`, as far as it is known, run by run.
@@ -245,6 +297,19 @@ impl Checker {
             .range((Bound::Excluded(term), Bound::Unbounded))
         {
             begins_with_committed(*later, &leader.log, begin, bytes);
+        }
+    }
+
+    /// WAL up to `end` of a log with this history is committed.
+    fn timelines_committed(&mut self, history: &TermHistory, end: Lsn) {
+        for entry in history
+            .entries()
+            .iter()
+            .filter(|entry| entry.start_lsn < end)
+        {
+            self.committed_timelines
+                .entry(entry.tli)
+                .or_insert(entry.start_lsn);
         }
     }
 
@@ -332,6 +397,26 @@ impl Checker {
             commit_lsn <= self.committed.end(),
             "consumer_sees_only_committed: safekeeper {node} publishes {commit_lsn}, committed is {}",
             self.committed.end()
+        );
+    }
+
+    /// A timeline is there for consumers once something of it is committed: one that dies must
+    /// never have been seen.
+    fn no_timeline_is_shown_before_it_is_committed(&self, node: u64, tli: Tli, root: Tli) {
+        assert!(
+            tli == root || self.committed_timelines.contains_key(&tli),
+            "consumer_sees_only_committed: safekeeper {node} shows timeline {tli}, of which nothing \
+             is committed"
+        );
+    }
+
+    /// A timeline has one promotion: a number that is used twice names two logs.
+    fn new_timelines_are_unique(&mut self, tli: Tli, promotion: u64) {
+        let first = *self.promotions.entry(tli).or_insert(promotion);
+        assert!(
+            first == promotion,
+            "new_timelines_are_unique: promotions {first} and {promotion} have both written on \
+             timeline {tli}"
         );
     }
 

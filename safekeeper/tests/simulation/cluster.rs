@@ -11,12 +11,13 @@
 //! ```
 //!
 //! Time is in milliseconds. This file is the queue; what each event does is told in safekeepers.rs,
-//! servers.rs, reign.rs, connections.rs and consumer.rs, what goes wrong in chaos.rs.
+//! servers.rs, standby.rs, reign.rs, donor.rs, membership.rs, connections.rs and consumer.rs, what goes
+//! wrong in chaos.rs, and how it ends in healing.rs.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use safekeeper_protocol::Lsn;
+use safekeeper_protocol::{Configuration, Lsn};
 
 use super::SEGMENT_SIZE;
 use super::checker::Checker;
@@ -59,6 +60,15 @@ pub enum Event {
         proposer: u64,
     },
     ReadDonor {
+        server: ServerIdx,
+        proposer: u64,
+    },
+    /// A standby is to be promoted.
+    Promote {
+        server: ServerIdx,
+    },
+    /// Postgres has ended recovery.
+    Promoted {
         server: ServerIdx,
         proposer: u64,
     },
@@ -107,6 +117,11 @@ pub struct Cluster {
     pub n_proposers: u64,
     pub consumer: Consumer,
     pub n_elections: u64,
+    /// Ends of recovery on a new timeline, and those of them that led.
+    pub n_promotions: u64,
+    pub n_promoted: u64,
+    /// Configurations that were sent to somebody and may still count.
+    pub configurations: Vec<Configuration>,
     trace: bool,
 }
 
@@ -114,7 +129,9 @@ impl Cluster {
     pub fn new(seed: u64, trace: bool) -> Cluster {
         let mut random = Random::new(seed);
         let n_nodes = [1, 3, 3, 3, 3, 5][random.below(6) as usize];
-        let nodes = (1..=n_nodes).map(|id| Node::new(id, &mut random)).collect();
+        let n_spares = random.below(3);
+        let nodes = 1..=n_nodes + n_spares;
+        let nodes = nodes.map(|id| Node::new(id, &mut random)).collect();
         // Sometimes the log begins just below the end of a segment.
         let len = if random.chance(300) {
             980_000 + random.below(60_000)
@@ -151,6 +168,9 @@ impl Cluster {
             n_proposers: 0,
             consumer: Consumer::new(0, Lsn(3 * u64::from(SEGMENT_SIZE))),
             n_elections: 0,
+            n_promotions: 0,
+            n_promoted: 0,
+            configurations: Vec::new(),
             trace,
         };
         cluster.tally.add(match n_nodes {
@@ -225,6 +245,8 @@ impl Cluster {
             | Event::FlushLocal { server: idx, .. }
             | Event::HistoryPersisted { server: idx, .. }
             | Event::ReadDonor { server: idx, .. }
+            | Event::Promote { server: idx }
+            | Event::Promoted { server: idx, .. }
             | Event::Recover { server: idx, .. } => server(idx),
             Event::StartNode { .. }
             | Event::StartServer { .. }
@@ -260,6 +282,10 @@ impl Cluster {
                 self.history_persisted(server, proposer)
             }
             Event::ReadDonor { server, proposer } => self.read_donor(server, proposer),
+            Event::Promote { server } => {
+                self.promote(server);
+            }
+            Event::Promoted { server, proposer } => self.promoted(server, proposer),
             Event::Recover { server, proposer } => self.recover(server, proposer),
             Event::Housekeep { node } => self.housekeep(node),
             Event::StartNode { node } => self.start_node(node),

@@ -30,7 +30,7 @@ impl Cluster {
             return;
         };
         // Between the start's proposer and the worker nobody dials.
-        if process.connections[peer].is_some() || process.won.is_some() {
+        if process.connections.get(peer) != Some(&None) || process.won.is_some() {
             return;
         }
         let node = &self.nodes[peer];
@@ -94,7 +94,7 @@ impl Cluster {
         for bytes in messages {
             let still = self
                 .process_of(server, proposer)
-                .is_some_and(|p| p.connections[peer] == Some(id));
+                .is_some_and(|p| p.connections.get(peer) == Some(&Some(id)));
             if !still {
                 return;
             }
@@ -108,7 +108,7 @@ impl Cluster {
         }
         let now_ms = now_ms + self.servers[server].clock_ahead_ms;
         if let Some(process) = self.process_of(server, proposer)
-            && process.connections[peer] == Some(id)
+            && process.connections.get(peer) == Some(&Some(id))
         {
             process.connections[peer] = None;
             process.proposer.on_disconnected(PeerIdx(peer), now_ms);

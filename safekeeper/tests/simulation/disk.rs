@@ -360,6 +360,11 @@ impl SimulatedDisk {
         }
     }
 
+    /// There is a file of this name, for a reader.
+    pub fn is_there(&self, path: &Path) -> bool {
+        self.contents().names.contains_key(path)
+    }
+
     /// The file is on the platter as a reader sees it.
     pub fn is_durable(&self, path: &Path) -> bool {
         let contents = self.contents();

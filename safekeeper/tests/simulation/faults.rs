@@ -5,7 +5,7 @@
 //! combination over many seeds, show more.
 //!
 //! Some things can't be survived by anybody, and are kept out by a budget. A minority of members
-//! may be lost for good (wiped, or damaged where committed WAL or promises stand). And no bit of
+//! of every set that may still count may be lost for good (wiped, or damaged where committed WAL or promises stand). And no bit of
 //! WAL is flipped *above* the commit_lsn that is persisted: recovery can't tell that from a torn
 //! write, cuts the log there, and has then forgotten what it acknowledged in the last moments.
 
@@ -38,8 +38,14 @@ pub enum Fault {
     ServerCrash,
     ServerStopped,
     WorkerRestart,
-    /// A server made from a safekeeper's log, as a promoted standby is.
+    /// A standby is promoted while the old primary lives, is stopped, cut off or dead.
     Failover,
+    /// A standby is promoted without asking anybody.
+    HandPromotion,
+    /// A server that was refused or deposed becomes a standby.
+    Rejoin,
+    MemberChange,
+    MemberChangeGivenUp,
     /// A server made from a copy of another's data directory.
     Copy,
     /// A bit flips between proposer and safekeeper.
@@ -49,7 +55,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Fault; 23] = [
+    pub const ALL: [Fault; 27] = [
         Fault::ConnectionLost,
         Fault::SlowLink,
         Fault::DuplicateConnection,
@@ -70,6 +76,10 @@ impl Fault {
         Fault::ServerStopped,
         Fault::WorkerRestart,
         Fault::Failover,
+        Fault::HandPromotion,
+        Fault::Rejoin,
+        Fault::MemberChange,
+        Fault::MemberChangeGivenUp,
         Fault::Copy,
         Fault::DamagedAppend,
         Fault::StartedAlone,
@@ -79,8 +89,12 @@ impl Fault {
     fn weight(self) -> u64 {
         match self {
             Fault::CrashInAction | Fault::ServerCrash | Fault::NodePowerCut => 12,
-            Fault::ConnectionLost | Fault::Failover | Fault::WorkerRestart => 8,
-            Fault::NodeWiped | Fault::StartedAlone | Fault::ControlBitFlip => 3,
+            Fault::MemberChange => 12,
+            Fault::ConnectionLost | Fault::Failover | Fault::WorkerRestart | Fault::Rejoin => 8,
+            Fault::NodeWiped
+            | Fault::HandPromotion
+            | Fault::StartedAlone
+            | Fault::ControlBitFlip => 3,
             _ => 5,
         }
     }
@@ -139,6 +153,26 @@ pub enum Mark {
     /// A server died between winning and its worker's beginning.
     DiedBeforeHandOver,
     ThreeServers,
+    Promoted,
+    PromotedTwice,
+    /// A promotion ended before its server led.
+    PromotionDied,
+    /// A reign on an older timeline, after a promotion that had begun another died.
+    LedAfterDeadPromotion,
+    PromotedByHandLed,
+    PromotedByHandRefused,
+    /// A standby went over to the next timeline.
+    TimelineFollowed,
+    /// A server became a standby without losing a byte.
+    RejoinedAsItIs,
+    /// A member got WAL that its proposer had not.
+    FedFromDonor,
+    MembersChanged,
+    ChangeGivenUp,
+    /// A joint configuration was left by another than who wrote it.
+    ChangeFinishedForAnother,
+    /// A wiped safekeeper took its own place.
+    WipedReplaced,
     /// A safekeeper cut WAL that it had flushed.
     Truncated,
     /// A server lost WAL in a crash that it had pushed to somebody.
@@ -170,12 +204,25 @@ pub enum Mark {
 }
 
 impl Mark {
-    pub const EVENTS: [Mark; 26] = [
+    pub const EVENTS: [Mark; 39] = [
         Mark::Committed,
         Mark::ElectedMoreThanOnce,
         Mark::TermHandedOver,
         Mark::DiedBeforeHandOver,
         Mark::ThreeServers,
+        Mark::Promoted,
+        Mark::PromotedTwice,
+        Mark::PromotionDied,
+        Mark::LedAfterDeadPromotion,
+        Mark::PromotedByHandLed,
+        Mark::PromotedByHandRefused,
+        Mark::TimelineFollowed,
+        Mark::RejoinedAsItIs,
+        Mark::FedFromDonor,
+        Mark::MembersChanged,
+        Mark::ChangeGivenUp,
+        Mark::ChangeFinishedForAnother,
+        Mark::WipedReplaced,
         Mark::Truncated,
         Mark::LocalTailLost,
         Mark::CompletedFromQuorum,

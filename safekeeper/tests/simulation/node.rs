@@ -20,10 +20,11 @@ use safekeeper::disk::Disk;
 use safekeeper::identity::Identity;
 use safekeeper::keeper::{Keeper, PushError, Reader, Retention, STORAGE_FAILED};
 use safekeeper::metrics::Metrics;
+use safekeeper::segment::Timelines;
 use safekeeper_protocol::codec::{decode_proposer_message, encode_acceptor_message};
 use safekeeper_protocol::{
     AcceptorMessage, AcceptorState, ClusterIdentity, Incarnation, Lsn, MemberId, ProposerMessage,
-    Read, Session, TermHistory,
+    Read, Session, TermHistory, Tli,
 };
 use safekeeper_wal::{SegmentSize, segment_file_name};
 
@@ -37,8 +38,8 @@ pub struct Node {
     pub incarnation: Incarnation,
     pub disk: SimulatedDisk,
     pub process: Option<Process>,
-    /// Struck by something it can't come back from: it was wiped, or committed WAL or the control
-    /// file were damaged. An operator would take it out.
+    /// Struck by something it can't come back from: committed WAL or the control file were damaged.
+    /// An operator would take it out, or wipe it and begin anew with an incarnation of its own.
     pub is_lost: bool,
     /// Its clock runs ahead of everybody else's by so much.
     pub clock_ahead_ms: u64,
@@ -277,10 +278,7 @@ impl Node {
     /// Somebody has put an empty disk into the machine and called `init`.
     pub fn wipe(&mut self, random: &mut Random) {
         self.process = None;
-        *self = Node {
-            is_lost: true,
-            ..Node::new(self.id.0, random)
-        };
+        *self = Node::new(self.id.0, random);
     }
 
     // ---- what the judge looks at ----------------------------------------------------------
@@ -295,20 +293,34 @@ impl Node {
         cluster_dir(SYSTEM_ID).join("control")
     }
 
-    pub fn segment_path(lsn: Lsn) -> PathBuf {
-        let name = segment_file_name(1, lsn.segno(SEGMENT_SIZE), SegmentSize::MIN);
-        wal_dir(SYSTEM_ID).join(name)
+    /// The file in which a reader of a log with this history finds the byte at `lsn`: of those
+    /// timelines that have a part in the segment, the newest one's that is there.
+    pub fn segment_path(&self, timelines: &Timelines, lsn: Lsn) -> PathBuf {
+        let begin = lsn.segment_start(SEGMENT_SIZE);
+        let end = begin + u64::from(SEGMENT_SIZE);
+        let path = |tli: Tli| {
+            let name = segment_file_name(tli.0, lsn.segno(SEGMENT_SIZE), SegmentSize::MIN);
+            wal_dir(SYSTEM_ID).join(name)
+        };
+        let mut paths: Vec<PathBuf> = timelines.candidates(begin, end).map(path).collect();
+        while paths.len() > 1 && !self.disk.is_there(&paths[0]) {
+            paths.remove(0);
+        }
+        paths.into_iter().next().unwrap_or_else(|| path(Tli(1)))
     }
 
     /// Whether these bytes stand in the log, for a reader and on the platter.
-    pub fn holds(&self, begin: Lsn, bytes: &[u8]) -> Holds {
+    pub fn holds(&self, history: &TermHistory, begin: Lsn, bytes: &[u8]) -> Holds {
+        let timelines = Timelines::new(history);
         let mut all = Holds {
             readable: true,
             durable: true,
         };
         for (lsn, part) in parts(begin, bytes) {
             let offset = lsn.segment_offset(SEGMENT_SIZE) as usize;
-            let one = self.disk.holds(&Node::segment_path(lsn), offset, part);
+            let one = self
+                .disk
+                .holds(&self.segment_path(&timelines, lsn), offset, part);
             all.readable &= one.readable;
             all.durable &= one.durable;
         }
@@ -316,11 +328,12 @@ impl Node {
     }
 
     /// The bytes of the log as a reader sees them; zeros where there is no file.
-    pub fn log_bytes(&self, begin: Lsn, end: Lsn) -> Vec<u8> {
+    pub fn log_bytes(&self, history: &TermHistory, begin: Lsn, end: Lsn) -> Vec<u8> {
+        let timelines = Timelines::new(history);
         let mut bytes = vec![0; usize::try_from(end - begin).expect("a log in memory")];
         for (lsn, part) in parts(begin, &bytes.clone()) {
             let offset = lsn.segment_offset(SEGMENT_SIZE) as usize;
-            if let Some(file) = self.disk.read(&Node::segment_path(lsn)) {
+            if let Some(file) = self.disk.read(&self.segment_path(&timelines, lsn)) {
                 let at = (lsn - begin) as usize;
                 bytes[at..at + part.len()].copy_from_slice(&file[offset..offset + part.len()]);
             }

@@ -15,20 +15,23 @@
 //! quorum may be ahead of the data directory afterwards. The local history file is replaced whole;
 //! a crash while it is being replaced leaves the old one or the new one.
 //!
-//! Not here: backends, replay, standbys. A standby that was promoted the right way is a data
-//! directory made from a safekeeper's log and history, which is what it would hold.
+//! A server may also be a standby, and become a primary on a timeline of its own: see standby.rs.
+//! WAL is one run of bytes here over all timelines; only the page headers tell them apart, and what
+//! the history files say. Not here: backends, and what replay would do.
 
 use std::ops::Range;
 
 use safekeeper_protocol::mutation::{Mutation, is_on};
 use safekeeper_protocol::{
     Configuration, LocalLog, LocalWal, Lsn, PeerAddress, Proposer, ProposerAction, ProposerId,
-    ProposerSettings, Standing, TermHistory, Tli, WonTerm,
+    ProposerSettings, Standing, TermHistory, TimelineFile, Tli, WonTerm,
 };
-use safekeeper_wal::WalDecoder;
 use safekeeper_wal::synthetic::WalBuilder;
+use safekeeper_wal::{TimelineHistory, TimelineSwitch, WalDecoder};
 
+use super::membership::ChangeUnderWay;
 use super::random::Random;
+use super::standby::Standby;
 use super::{SEGMENT_SIZE, cluster_identity, wal_format};
 
 /// What is on the server's own disk, or on its way there.
@@ -42,6 +45,18 @@ pub struct DataDir {
     pub history: LocalHistory,
     /// A replacement of it that is not yet durable.
     pub next_history: Option<LocalHistory>,
+    /// The timeline it is on, and its ancestors.
+    pub timelines: TimelineHistory,
+    /// Their history files, newest first.
+    pub timeline_files: Vec<TimelineFile>,
+    /// `standby.signal` is there; the local history file is void.
+    pub is_standby: bool,
+    /// And no reign has come of it yet.
+    pub promoted_by_hand: bool,
+    /// Its timeline came from a promotion that asked nobody.
+    pub by_hand: bool,
+    /// Number of the promotion that its timeline came from, unique in a run; copies share it.
+    pub promotion: u64,
 }
 
 /// The local history file.
@@ -56,6 +71,8 @@ pub struct LocalHistory {
 pub struct Postgres {
     pub data: DataDir,
     pub process: Option<Process>,
+    /// While it runs as one. Its process is then what promotes it.
+    pub standby: Option<Standby>,
     /// It does nothing before.
     pub stopped_until_ms: u64,
     /// Its clock runs ahead by so much.
@@ -88,6 +105,12 @@ pub struct Process {
     pub commit_lsn: Lsn,
     /// Something is being read from a donor.
     pub reading: Option<Reading>,
+    /// A promotion waits until just this has been replayed.
+    pub replay_to: Option<Lsn>,
+    /// It has, and Postgres is about to begin this timeline.
+    pub promotes_to: Option<Tli>,
+    /// A change of members that is under way.
+    pub change: Option<ChangeUnderWay>,
 }
 
 /// A stretch that is read from a donor, to compare or to complete.
@@ -114,7 +137,17 @@ impl DataDir {
             base,
             history: LocalHistory::default(),
             next_history: None,
+            timelines: TimelineHistory::root(1),
+            timeline_files: Vec::new(),
+            is_standby: false,
+            promoted_by_hand: false,
+            by_hand: false,
+            promotion: 0,
         }
+    }
+
+    pub fn tli(&self) -> Tli {
+        Tli(self.timelines.tli)
     }
 
     pub fn end(&self) -> Lsn {
@@ -139,18 +172,61 @@ impl DataDir {
         if let Some(next) = copy.next_history.take().filter(|_| random.chance(500)) {
             copy.history = next;
         }
+        if copy.is_standby {
+            copy.history = LocalHistory::default();
+        }
         (copy, unflushed - kept)
     }
 
     /// Ends the WAL behind its last whole record, and flushes it: what the server does first when
     /// it starts. Returns where that record begins.
     pub fn find_end(&mut self) -> Option<Lsn> {
-        let mut decoder = WalDecoder::new(wal_format(), self.base);
-        let _ = decoder.feed(&self.wal);
+        let decoder = self.decoded();
         self.wal
             .truncate((decoder.record_end() - self.base) as usize);
         self.flush_lsn = self.end();
         decoder.last_record()
+    }
+
+    /// A decoder that has taken in all of it, as far as it makes sense.
+    pub fn decoded(&self) -> WalDecoder {
+        let mut decoder = WalDecoder::new(wal_format(), self.base);
+        decoder.expect_timelines(self.timelines.clone());
+        let _ = decoder.feed(&self.wal);
+        decoder
+    }
+
+    /// Drops the WAL behind `lsn`, and the timelines that begin there or later.
+    pub fn cut_to(&mut self, lsn: Lsn) {
+        self.wal.truncate((lsn - self.base) as usize);
+        self.flush_lsn = self.flush_lsn.min(lsn);
+        while let Some(switch) = self.timelines.ancestors.pop_if(|last| last.end_lsn >= lsn) {
+            self.timelines.tli = switch.tli;
+        }
+        let newest = self.tli();
+        self.timeline_files.retain(|file| file.tli <= newest);
+    }
+
+    /// A new timeline begins where its WAL ends; the history file is what Postgres writes.
+    pub fn begin_timeline(&mut self, tli: Tli, promotion: u64) {
+        let mut ancestors = self.timelines.ancestors.clone();
+        ancestors.push(TimelineSwitch {
+            tli: self.timelines.tli,
+            end_lsn: self.end(),
+            reason: "no recovery target specified".into(),
+        });
+        let tli = tli.0;
+        let history = TimelineHistory { tli, ancestors };
+        let content = history.to_string().into_bytes();
+        self.take_timeline(history, content);
+        self.promotion = promotion;
+    }
+
+    /// It is on this timeline from now on, whose file is `content`.
+    pub fn take_timeline(&mut self, history: TimelineHistory, content: Vec<u8>) {
+        let tli = Tli(history.tli);
+        self.timelines = history;
+        self.timeline_files.insert(0, TimelineFile { tli, content });
     }
 
     /// WAL read from a donor is at the end of ours by now, and flushed.
@@ -168,12 +244,20 @@ impl DataDir {
         let by_flush = standing == Standing::Running && is_on(Mutation::WorkerStandsByFlushLsn);
         LocalLog {
             history,
-            tli: Tli(1),
+            tli: self.tli(),
             end_lsn: if by_flush { self.flush_lsn } else { self.end() },
             unled_from: self.history.unled_from,
-            timeline_files: Vec::new(),
+            timeline_files: self.timeline_files.clone(),
             configuration: self.history.configuration.clone(),
         }
+    }
+}
+
+/// Where the safekeeper of this index is dialled.
+pub fn peer_address(idx: usize) -> PeerAddress {
+    PeerAddress {
+        host: format!("sk{}", idx + 1),
+        port: 5454,
     }
 }
 
@@ -186,6 +270,7 @@ impl Postgres {
         Postgres {
             data,
             process: None,
+            standby: None,
             stopped_until_ms: 0,
             clock_ahead_ms: 0,
             is_given_up: false,
@@ -203,7 +288,7 @@ impl Postgres {
             Standing::BeforeRecovery
         };
         let mut process = self.new_process(id, settings, standing, random, now_ms);
-        process.wal = skips.then(|| builder(self.data.end(), last_record));
+        process.wal = skips.then(|| builder(self.data.tli(), self.data.end(), last_record));
         self.process = Some(process);
         if skips {
             self.insert(80);
@@ -222,7 +307,7 @@ impl Postgres {
             .map_or(end, |unled| unled.min(end));
         self.data.history.unled_from = Some(unled_from);
         let mut process = self.new_process(id, settings, Standing::Running, random, now_ms);
-        process.wal = Some(builder(end, last_record));
+        process.wal = Some(builder(self.data.tli(), end, last_record));
         self.process = Some(process);
         // The record of the end of recovery is there before anybody can connect.
         self.insert(100);
@@ -241,7 +326,11 @@ impl Postgres {
             return;
         };
         self.data.next_history = None;
-        let mut process = self.new_process(id, settings, Standing::Running, random, now_ms);
+        let standing = match self.standby {
+            Some(_) => Standing::Standby,
+            None => Standing::Running,
+        };
+        let mut process = self.new_process(id, settings, standing, random, now_ms);
         process.wal = old.wal;
         process.pushes_early = old.pushes_early;
         self.process = Some(process);
@@ -272,10 +361,7 @@ impl Postgres {
     }
 
     fn proposer_settings(&self, settings: Settings, random: &mut Random) -> ProposerSettings {
-        let peers = (1..=settings.n_nodes).map(|id| PeerAddress {
-            host: format!("sk{id}"),
-            port: 5454,
-        });
+        let peers = (0..settings.n_nodes).map(peer_address);
         ProposerSettings {
             proposer_id: self.data.proposer_id,
             cluster: cluster_identity(),
@@ -285,7 +371,7 @@ impl Postgres {
         }
     }
 
-    fn new_process(
+    pub fn new_process(
         &self,
         id: u64,
         settings: Settings,
@@ -294,7 +380,7 @@ impl Postgres {
         now_ms: u64,
     ) -> Process {
         let proposer_settings = self.proposer_settings(settings, random);
-        let local = self.data.local_log(standing);
+        let local = self.standby_log(self.data.local_log(standing));
         let won = won_by_the_file(&self.data.history).filter(|_| {
             standing == Standing::BeforeRecovery && is_on(Mutation::TermFromHistoryFile)
         });
@@ -315,6 +401,9 @@ impl Postgres {
             told_lsn: Lsn::INVALID,
             commit_lsn: Lsn::INVALID,
             reading: None,
+            replay_to: None,
+            promotes_to: None,
+            change: None,
         }
     }
 
@@ -326,7 +415,7 @@ impl Postgres {
             .process
             .as_mut()
             .filter(|process| process.wal.is_none())?;
-        let mut wal = builder(self.data.end(), last_record);
+        let mut wal = builder(self.data.tli(), self.data.end(), last_record);
         let mut cut_short = None;
         let page = u64::from(safekeeper_wal::PAGE_SIZE);
         let on_page = self.data.end().0 % page;
@@ -414,6 +503,6 @@ pub struct Settings {
     pub member_timeout_ms: u64,
 }
 
-fn builder(end: Lsn, last_record: Option<Lsn>) -> WalBuilder {
-    WalBuilder::new(wal_format(), 1, end).following(last_record.unwrap_or(Lsn::INVALID))
+pub fn builder(tli: Tli, end: Lsn, last_record: Option<Lsn>) -> WalBuilder {
+    WalBuilder::new(wal_format(), tli.0, end).following(last_record.unwrap_or(Lsn::INVALID))
 }

@@ -5,18 +5,17 @@
 //! in between.
 
 use safekeeper_protocol::codec::encode_proposer_message;
-use safekeeper_protocol::{
-    Compared, Completed, Lsn, PeerIdx, Proposer, ProposerAction, ProposerMessage, Read, Term,
-    WaitReason,
-};
+use safekeeper_protocol::{Lsn, Proposer, ProposerAction, ProposerMessage, Term, WaitReason};
 use safekeeper_wal::PAGE_SIZE;
 
 use super::checker::Event as Fact;
 use super::cluster::{Cluster, Event};
 use super::faults::Mark;
-use super::network::ServerIdx;
-use super::node::{NotRead, Outcome};
+use super::network::{NodeIdx, ServerIdx};
 use super::postgres::{LocalHistory, Reading};
+
+/// No record here is longer, page headers included.
+const RECORD_LEN_MAX: u64 = 256 << 10;
 
 impl Cluster {
     /// Runs `with` on the proposer, and carries out what it asks for.
@@ -47,6 +46,7 @@ impl Cluster {
             self.carry_out(idx, action);
         }
         self.pump(idx);
+        self.watch_change(idx);
         let now_ms = self.server_clock(idx);
         let Some(process) = self.process_of(idx, id) else {
             return;
@@ -164,13 +164,24 @@ impl Cluster {
                 self.flush_later(idx);
                 self.restart_worker(idx);
             }
-            ProposerAction::Replay { .. } | ProposerAction::Promote { .. } => {
-                unreachable!("no server is a standby")
+            ProposerAction::Replay { end_lsn } => {
+                process.replay_to = Some(end_lsn);
+                self.replay(idx);
+            }
+            ProposerAction::Promote { tli, .. } => {
+                process.promotes_to = Some(tli);
+                let in_ms = [1, 20, 1000][self.random.below(3) as usize];
+                let (server, proposer) = (idx, id);
+                self.at(in_ms, Event::Promoted { server, proposer });
             }
             ProposerAction::StandAgain => self.restart_worker(idx),
             ProposerAction::Deposed { .. } => {
                 self.tally.add(Mark::Deposed);
+                if self.servers[idx].standby.is_some() {
+                    return self.stop_promotion(idx);
+                }
                 // By its setting it shuts down, or lives on and can commit nothing.
+                let process = self.servers[idx].process.as_ref().expect("looked up above");
                 if process.wal.is_none() || self.random.chance(700) {
                     self.crash_server(idx);
                     let in_ms = self.random.range(100..3000);
@@ -184,8 +195,11 @@ impl Cluster {
         let process = self.servers[idx].process.as_ref().expect("it leads");
         if process.reign != process.id {
             // The start has won it, and the judge knows.
+            self.note_change_of_others(idx);
             return self.tally.add(Mark::TermHandedOver);
         }
+        self.note_promotion(idx);
+        self.note_change_of_others(idx);
         self.n_elections += 1;
         if self.n_elections > 1 {
             self.tally.add(Mark::ElectedMoreThanOnce);
@@ -221,6 +235,30 @@ impl Cluster {
         }
     }
 
+    /// For the tally: is this reign one of those that come from a promotion?
+    fn note_promotion(&mut self, idx: ServerIdx) {
+        let server = &mut self.servers[idx];
+        let process = server.process.as_ref().expect("it leads");
+        let history = process.proposer.history();
+        if history.newest_tli() > server.data.tli() {
+            self.tally.add(Mark::LedAfterDeadPromotion);
+        }
+        if std::mem::take(&mut server.data.promoted_by_hand) {
+            self.tally.add(Mark::PromotedByHandLed);
+        }
+        let first = history
+            .entries()
+            .iter()
+            .filter(|entry| entry.tli == server.data.tli());
+        if server.data.promotion > 0 && first.count() == 1 {
+            self.n_promoted += 1;
+            self.tally.add(Mark::Promoted);
+            if self.n_promoted > 1 {
+                self.tally.add(Mark::PromotedTwice);
+            }
+        }
+    }
+
     /// Recovery ends and the server writes; then the worker comes, with the term that was won.
     pub fn recover(&mut self, idx: ServerIdx, proposer: u64) {
         let Some(process) = self.process_of(idx, proposer) else {
@@ -236,7 +274,7 @@ impl Cluster {
             return self.at(in_ms, Event::Recover { server, proposer });
         }
         self.close_all(idx);
-        let (id, settings) = (self.next_proposer_id(), self.settings);
+        let (id, settings) = (self.next_proposer_id(), self.settings());
         let mut random = self.random.fork();
         let now_ms = self.server_clock(idx);
         let actions = self.servers[idx].start_worker(id, settings, &mut random, now_ms);
@@ -250,12 +288,26 @@ impl Cluster {
         let process = server.process.as_mut().expect("it commits");
         let (before, data) = (process.commit_lsn, &server.data);
         process.commit_lsn = lsn;
+        // A standby that is promoted lacks some of what its term commits.
+        let known;
+        let (base, log) = if server.standby.is_some() {
+            let history = process.proposer.history();
+            let first = history.first().map_or(lsn, |first| first.start_lsn);
+            let base = first.max(self.checker.committed_begin());
+            known = self.checker.known(history, base, lsn);
+            (
+                base,
+                known.as_deref().expect("somebody wrote what is committed"),
+            )
+        } else {
+            (data.base, data.bytes(data.base, lsn))
+        };
         self.checker.observe(&Fact::Committed {
             proposer: process.reign,
-            term: process.proposer.term(),
+            history: process.proposer.history(),
             before,
-            base: data.base,
-            log: data.bytes(data.base, lsn),
+            base,
+            log,
         });
         self.tally.add(Mark::Committed);
     }
@@ -274,7 +326,14 @@ impl Cluster {
                 panic!("same_term_same_lsn_same_byte: server {idx} and its donor differ at {at}")
             }
             WaitReason::Diverged(_) => {
+                assert!(
+                    self.servers[idx].standby.is_none(),
+                    "committed_wal_is_never_lost: server {idx}, a standby, was refused: {reason}"
+                );
                 self.tally.add(Mark::Diverged);
+                if self.servers[idx].data.promoted_by_hand {
+                    self.tally.add(Mark::PromotedByHandRefused);
+                }
                 let process = self.servers[idx].process.as_ref().expect("it waits");
                 if process.wal.is_none() {
                     // FATAL, and the advice to rejoin as a standby.
@@ -298,116 +357,14 @@ impl Cluster {
         }
     }
 
-    /// Reads the next stretch from the donor.
-    pub fn read_donor(&mut self, idx: ServerIdx, proposer: u64) {
-        let random_len = self.random.range(1..100_000) as u32;
-        let Some(process) = self.process_of(idx, proposer) else {
-            return;
-        };
-        let Some(mut reading) = process.reading.take() else {
-            return;
-        };
-        let version = process.proposer.configuration().version;
-        if reading.next < reading.end {
-            let left = (reading.end - reading.next).min(1 << 20) as u32;
-            let read = Read {
-                configuration_version: version,
-                term: reading.term,
-                begin_lsn: reading.next,
-                len: left.min(random_len),
-            };
-            let donor = &mut self.nodes[reading.donor];
-            let reachable = donor.is_up()
-                && donor.stopped_until_ms <= self.now_ms
-                && self.network.is_open(idx, reading.donor);
-            let answer = if reachable {
-                donor.read(read)
-            } else {
-                Outcome::Done(Err(NotRead::Failed))
-            };
-            let bytes = match answer {
-                Outcome::Done(Ok(bytes)) => bytes,
-                // What the donor has removed can't be compared.
-                Outcome::Done(Err(NotRead::Removed { oldest_lsn })) if !reading.completes => {
-                    reading.next = oldest_lsn.min(reading.end);
-                    self.process_of(idx, proposer)
-                        .expect("looked up above")
-                        .reading = Some(reading);
-                    return self.at(
-                        1,
-                        Event::ReadDonor {
-                            server: idx,
-                            proposer,
-                        },
-                    );
-                }
-                Outcome::Done(Err(_)) => return self.donor_failed(idx, &reading),
-                Outcome::Died => {
-                    self.node_died(reading.donor);
-                    return self.donor_failed(idx, &reading);
-                }
-            };
-            let end = reading.next + bytes.len() as u64;
-            let data = &mut self.servers[idx].data;
-            if reading.completes {
-                data.complete(&bytes);
-            } else if data.bytes(reading.next, end) != bytes {
-                let at = reading.next;
-                let outcome = Compared::Differs { at };
-                return self.with_proposer(idx, |proposer, now_ms, out| {
-                    proposer.on_compared(outcome, now_ms, out)
-                });
-            }
-            reading.next = end;
-            let process = self.process_of(idx, proposer).expect("looked up above");
-            process.reading = Some(reading);
-            let in_ms = self.random.range(1..10);
-            return self.at(
-                in_ms,
-                Event::ReadDonor {
-                    server: idx,
-                    proposer,
-                },
-            );
-        }
-        if reading.completes {
-            self.tally.add(Mark::CompletedFromQuorum);
-            self.with_proposer(idx, |proposer, now_ms, out| {
-                proposer.on_completed(Completed::Whole, now_ms, out)
-            });
-        } else {
-            self.with_proposer(idx, |proposer, now_ms, out| {
-                proposer.on_compared(Compared::Equal, now_ms, out)
-            });
-        }
-    }
-
-    pub fn donor_failed(&mut self, idx: ServerIdx, reading: &Reading) {
-        self.say(|| format!("server {idx} can't read from its donor"));
-        if reading.completes {
-            // What has been read so far is WAL like any other.
-            self.servers[idx].data.find_end();
-            let outcome = Completed::Partly {
-                end_lsn: self.servers[idx].data.end(),
-                reason: "the donor failed".into(),
-            };
-            self.with_proposer(idx, |proposer, now_ms, out| {
-                proposer.on_completed(outcome, now_ms, out)
-            });
-        } else {
-            let outcome = Compared::Unavailable {
-                reason: "the donor failed".into(),
-            };
-            self.with_proposer(idx, |proposer, now_ms, out| {
-                proposer.on_compared(outcome, now_ms, out)
-            });
-        }
-    }
-
     /// Sends WAL to whoever takes it.
     pub fn pump(&mut self, idx: ServerIdx) {
         self.tell_inserted(idx);
-        for peer in 0..self.settings.n_nodes {
+        let connections = self.servers[idx]
+            .process
+            .as_ref()
+            .map(|p| p.connections.len());
+        for peer in 0..connections.unwrap_or_default() {
             while self.push_one(idx, peer) {}
         }
     }
@@ -425,42 +382,19 @@ impl Cluster {
         }
         let begin = process.told_lsn.max(server.data.base);
         process.told_lsn = end;
+        // Who asked nobody can't know what is taken, as long as the quorum does not know either.
+        if !server.data.by_hand || process.commit_lsn.is_valid() {
+            self.checker.observe(&Fact::WroteOn {
+                tli: server.data.tli(),
+                promotion: server.data.promotion,
+            });
+        }
         self.checker.observe(&Fact::Holds {
             whose: &format!("server {idx}"),
             history: process.proposer.history(),
             begin,
             bytes: server.data.bytes(begin, end),
         });
-    }
-
-    pub fn push_one(&mut self, idx: ServerIdx, peer: usize) -> bool {
-        let now_ms = self.server_clock(idx);
-        let mut wal = self.servers[idx].local_wal();
-        let Some(process) = &mut self.servers[idx].process else {
-            return false;
-        };
-        let Some(id) = process.connections[peer] else {
-            return false;
-        };
-        // A socket takes only so much.
-        let in_flight = self
-            .network
-            .connections
-            .get(&id)
-            .map_or(0, |c| c.to_node.messages.len());
-        if in_flight > 8 {
-            return false;
-        }
-        if let Some(next) = process.proposer.next_lsn(PeerIdx(peer)) {
-            wal.end_lsn = wal.end_lsn.min(next + process.append_len_max);
-        }
-        let Some(append) = process.proposer.next_append(PeerIdx(peer), wal, now_ms) else {
-            return false;
-        };
-        let end = append.begin_lsn + u64::from(append.len);
-        let bytes = self.servers[idx].data.bytes(append.begin_lsn, end).to_vec();
-        self.send(idx, peer, &ProposerMessage::Append(append), &bytes);
-        append.len > 0
     }
 
     pub fn send(&mut self, idx: ServerIdx, peer: usize, message: &ProposerMessage, wal: &[u8]) {
@@ -470,6 +404,7 @@ impl Cluster {
         let Some(id) = process.connections[peer] else {
             return;
         };
+        self.remember_configuration(message);
         let mut bytes = Vec::new();
         encode_proposer_message(message, &mut bytes);
         let header_len = bytes.len();
@@ -479,7 +414,8 @@ impl Cluster {
             && append.len > 0
         {
             let at = self.random.below(wal.len() as u64);
-            if self.is_checked(append.begin_lsn + at) {
+            let lsn = append.begin_lsn + at;
+            if self.is_checked(lsn) && !self.may_be_leading_rest(peer, lsn) {
                 self.damages_next_append = false;
                 bytes[header_len + at as usize] ^= 1 << self.random.below(8);
             }
@@ -490,6 +426,13 @@ impl Cluster {
         };
         let arrives_ms = connection.to_node.send(self.now_ms + in_ms, bytes);
         self.at_ms(arrives_ms, Event::ToNode { connection: id });
+    }
+
+    /// Where a learner's log begins there may be the rest of a record whose beginning it will never
+    /// have. No checksum that it could compute covers that.
+    fn may_be_leading_rest(&self, node: NodeIdx, lsn: Lsn) -> bool {
+        let log = self.nodes[node].log();
+        log.is_none_or(|(_, oldest, _)| lsn < oldest + RECORD_LEN_MAX)
     }
 
     /// Is a flipped bit at this place certain to be noticed? Not in the flags of a page header, one

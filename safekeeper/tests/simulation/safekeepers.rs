@@ -3,7 +3,7 @@
 //! What leaves a safekeeper is looked at here, before it is sent: everything an answer says must be
 //! on stable storage, and be what the proposer of that term wrote.
 
-use safekeeper_protocol::{AcceptorMessage, Lsn};
+use safekeeper_protocol::{AcceptorMessage, Lsn, Tli};
 
 use super::checker::Event as Fact;
 use super::cluster::{Cluster, Event};
@@ -64,7 +64,7 @@ impl Cluster {
             return;
         }
         if flush_lsn > oldest_lsn {
-            let bytes = node.log_bytes(oldest_lsn, flush_lsn);
+            let bytes = node.log_bytes(&history, oldest_lsn, flush_lsn);
             let whose = format!("safekeeper {} as recovered", node.id);
             self.checker.observe(&Fact::Holds {
                 whose: &whose,
@@ -232,13 +232,14 @@ impl Cluster {
             self.tally.add(Mark::Truncated);
         }
         if flush_lsn > begin && begin.is_valid() {
-            let history = &keeper.view().state.history;
+            let view = keeper.view();
+            let history = &view.state.history;
             let Some(bytes) = self.checker.known(history, begin, flush_lsn) else {
                 panic!(
                     "no_answer_before_flush: safekeeper {id} with {history} acknowledges {flush_lsn}, which nobody sent"
                 );
             };
-            let holds = self.nodes[idx].holds(begin, &bytes);
+            let holds = self.nodes[idx].holds(history, begin, &bytes);
             self.checker.observe(&Fact::Acknowledged {
                 node: id,
                 begin,
@@ -258,10 +259,13 @@ impl Cluster {
         };
         let (before, commit_lsn) = (process.commit_lsn, keeper.commit_lsn());
         process.commit_lsn = commit_lsn;
+        let view = keeper.view();
         self.checker.observe(&Fact::Published {
             node: node.id.0,
             before,
             commit_lsn,
+            tli: view.newest_tli(commit_lsn),
+            root: view.state.history.first().map_or(Tli(1), |first| first.tli),
         });
     }
 

@@ -1,9 +1,10 @@
-//! The servers of a cluster: started, crashed, restarted, copied, made from a safekeeper's log.
+//! The servers of a cluster: started, crashed, restarted, copied, replaced.
 
 use super::cluster::{Cluster, Event};
 use super::faults::Mark;
-use super::network::{NodeIdx, ServerIdx};
-use super::postgres::{DataDir, LocalHistory, Postgres, new_proposer_id};
+use super::network::ServerIdx;
+use super::postgres::{DataDir, Postgres};
+use super::standby::Standby;
 
 impl Cluster {
     pub fn next_proposer_id(&mut self) -> u64 {
@@ -12,10 +13,16 @@ impl Cluster {
     }
 
     pub fn start_server(&mut self, idx: ServerIdx) {
-        if self.servers[idx].process.is_some() || self.servers[idx].is_given_up {
+        let server = &mut self.servers[idx];
+        if server.process.is_some() || server.standby.is_some() || server.is_given_up {
             return;
         }
-        let (id, settings) = (self.next_proposer_id(), self.settings);
+        if server.data.is_standby {
+            let node = self.random.below(self.nodes.len() as u64) as usize;
+            server.standby = Some(Standby::start(&mut server.data, node));
+            return self.say(|| format!("server {idx} starts as a standby"));
+        }
+        let (id, settings) = (self.next_proposer_id(), self.settings());
         let mut random = self.random.fork();
         let now_ms = self.server_clock(idx);
         self.servers[idx].start(id, settings, &mut random, now_ms);
@@ -43,7 +50,7 @@ impl Cluster {
     }
 
     pub fn start_server_alone(&mut self, idx: ServerIdx) {
-        let (id, settings) = (self.next_proposer_id(), self.settings);
+        let (id, settings) = (self.next_proposer_id(), self.settings());
         let mut random = self.random.fork();
         let now_ms = self.server_clock(idx);
         self.servers[idx].start_alone(id, settings, &mut random, now_ms);
@@ -52,7 +59,7 @@ impl Cluster {
 
     pub fn restart_worker(&mut self, idx: ServerIdx) {
         self.close_all(idx);
-        let (id, settings) = (self.next_proposer_id(), self.settings);
+        let (id, settings) = (self.next_proposer_id(), self.settings());
         let mut random = self.random.fork();
         let now_ms = self.server_clock(idx);
         self.say(|| format!("server {idx} restarts its worker as proposer {id}"));
@@ -61,7 +68,11 @@ impl Cluster {
     }
 
     pub fn dial_all(&mut self, idx: ServerIdx) {
-        for peer in 0..self.settings.n_nodes {
+        let connections = self.servers[idx]
+            .process
+            .as_ref()
+            .map(|p| p.connections.len());
+        for peer in 0..connections.unwrap_or_default() {
             self.at(1, Event::Dial { server: idx, peer });
         }
         self.with_proposer(idx, |_, _, _| {});
@@ -81,13 +92,27 @@ impl Cluster {
     /// The server is gone, with what it had not flushed, or a part of that.
     pub fn crash_server(&mut self, idx: ServerIdx) {
         self.close_all(idx);
+        if let Some(process) = &self.servers[idx].process
+            && process.promotes_to.is_some()
+        {
+            // Postgres was just about to; nobody has heard whether it did.
+            let proposer = process.id;
+            self.tally.add(Mark::PromotionDied);
+            if self.random.chance(500) {
+                self.switch_timeline(idx, proposer);
+            }
+        }
         let server = &mut self.servers[idx];
+        if server.process.is_none() && server.standby.is_none() {
+            return;
+        }
+        let (data, lost) = server.data.crashed(&mut self.random);
+        server.data = data;
+        server.standby = None;
         let Some(process) = server.process.take() else {
             return;
         };
-        let (data, lost) = server.data.crashed(&mut self.random);
         let pushed = process.pushes_early && process.proposer.is_leading();
-        server.data = data;
         if process.won.is_some() {
             self.tally.add(Mark::DiedBeforeHandOver);
         }
@@ -107,7 +132,9 @@ impl Cluster {
             1..=9 => self.random.range(300..30_000),
             _ => self.random.below(300),
         };
-        if self.servers[idx].insert(len as u32) {
+        if self.servers[idx].standby.is_some() {
+            self.stream(idx);
+        } else if self.servers[idx].insert(len as u32) {
             if self.random.chance(3) {
                 self.servers[idx].switch_segment();
                 self.tally.add(Mark::SegmentSwitched);
@@ -131,28 +158,6 @@ impl Cluster {
                 },
             );
         }
-    }
-
-    /// The data directory that a standby fed by this safekeeper would have.
-    pub fn data_from_node(&mut self, idx: NodeIdx) -> Option<DataDir> {
-        let node = &self.nodes[idx];
-        let state = node.state()?;
-        let (history, oldest_lsn, flush_lsn) = node.log()?;
-        if flush_lsn <= oldest_lsn {
-            return None;
-        }
-        Some(DataDir {
-            proposer_id: new_proposer_id(&mut self.random),
-            wal: node.log_bytes(oldest_lsn, flush_lsn),
-            base: oldest_lsn,
-            flush_lsn,
-            history: LocalHistory {
-                history: history.clipped_to(flush_lsn),
-                configuration: state.configuration,
-                unled_from: None,
-            },
-            next_history: None,
-        })
     }
 
     /// In the place of a server that is gone, or as one more. None if there are enough.
