@@ -57,10 +57,20 @@ pub enum Mutation {
     DamagedWalTaken,
     /// A standby is promoted when it has replayed up to the term's start, whoever holds the WAL.
     PromotedBeforeCompletion,
+    /// A joint configuration is left, forwards or back, by a set that lacks what is committed.
+    JointLeftWithoutData,
+    /// A joint configuration is left forwards though the old set may not know of it.
+    JointLeftWithoutOldMajority,
+    /// A change of members begins without putting the present configuration under its own term.
+    ChangeWithoutStamping,
+    /// In a joint configuration the old set elects.
+    VotesOfOneSet,
+    /// What a copied history file says counts for a server that was promoted by hand.
+    HistoryOfStandbyBelieved,
 }
 
 impl Mutation {
-    pub const ALL: [Mutation; 22] = [
+    pub const ALL: [Mutation; 27] = [
         Mutation::QuorumOfHalf,
         Mutation::CommitWithoutTermStart,
         Mutation::DonorRankedByTerm,
@@ -83,6 +93,11 @@ impl Mutation {
         Mutation::FailedSyncBelieved,
         Mutation::DamagedWalTaken,
         Mutation::PromotedBeforeCompletion,
+        Mutation::JointLeftWithoutData,
+        Mutation::JointLeftWithoutOldMajority,
+        Mutation::ChangeWithoutStamping,
+        Mutation::VotesOfOneSet,
+        Mutation::HistoryOfStandbyBelieved,
     ];
 }
 
@@ -111,6 +126,10 @@ impl Mutation {
             | Mutation::LocalHistoryNotClipped
             | Mutation::CommitWithoutElected
             | Mutation::PromotedBeforeCompletion
+            | Mutation::JointLeftWithoutData
+            | Mutation::JointLeftWithoutOldMajority
+            | Mutation::ChangeWithoutStamping
+            | Mutation::VotesOfOneSet
             | Mutation::ConfigurationByGeneration => Keeper::Core,
             Mutation::AnswerBeforeFsync
             | Mutation::FsyncErrorIgnored
@@ -121,6 +140,7 @@ impl Mutation {
             Mutation::NoLocalHistory
             | Mutation::ElectionBeforeRecoverySkipped
             | Mutation::TermFromHistoryFile
+            | Mutation::HistoryOfStandbyBelieved
             | Mutation::WorkerStandsByFlushLsn => Keeper::Server,
         }
     }
@@ -157,11 +177,16 @@ impl Mutation {
             | Mutation::StaleAppendAccepted
             | Mutation::WipedMemberVotes
             | Mutation::CommitInOneSet => &[Scenarios, Model],
-            Mutation::WorkerStandsByFlushLsn => &[Model],
+            Mutation::WorkerStandsByFlushLsn
+            | Mutation::JointLeftWithoutData
+            | Mutation::JointLeftWithoutOldMajority
+            | Mutation::ChangeWithoutStamping
+            | Mutation::VotesOfOneSet
+            | Mutation::HistoryOfStandbyBelieved
+            | Mutation::PromotedBeforeCompletion => &[Model],
             // The shortest trace is long, or there is none: connections keep the order.
             Mutation::LocalHistoryNotClipped
             | Mutation::CommitWithoutElected
-            | Mutation::PromotedBeforeCompletion
             | Mutation::ConfigurationByGeneration => &[Scenarios],
             Mutation::AnswerBeforeFsync => &[Model, Simulation],
             Mutation::FsyncErrorIgnored

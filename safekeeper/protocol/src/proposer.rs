@@ -155,7 +155,7 @@ pub enum Completed {
 
 /// A reign that the start of a server has won, for its worker. Valid for this start only, and
 /// once: handed over in memory, never in a file (S7).
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct WonTerm {
     pub term: Term,
     pub history: TermHistory,

@@ -391,7 +391,14 @@ impl Proposer {
                     .is_some_and(|link| link.is_of(member))
             })
         };
-        if !self.configuration.has_quorum(voted) {
+        let deciding = match &self.configuration {
+            joint if is_on(Mutation::VotesOfOneSet) => &Configuration {
+                new_members: None,
+                ..joint.clone()
+            },
+            configuration => configuration,
+        };
+        if !deciding.has_quorum(voted) {
             return;
         }
         let rank = |vote: &&(PeerIdx, &Log)| self.rank(vote.0, vote.1);

@@ -122,7 +122,7 @@ impl Proposer {
             begin_lsn,
             held_by: Vec::new(),
         });
-        self.hand_out(self.configuration.clone(), now_ms, out);
+        self.stamp(now_ms, out);
         Ok(())
     }
 
@@ -175,8 +175,17 @@ impl Proposer {
                 begin_lsn: Lsn::INVALID,
                 held_by: Vec::new(),
             });
-            self.hand_out(self.configuration.clone(), now_ms, out);
+            self.stamp(now_ms, out);
         }
+    }
+
+    /// The configuration as it is, under our term: whatever another has begun is older from then on.
+    fn stamp(&mut self, now_ms: u64, out: &mut Actions) {
+        if is_on(Mutation::ChangeWithoutStamping) {
+            self.peer_indexes().for_each(|peer| self.note_held(peer));
+            return self.advance_change(now_ms, out);
+        }
+        self.hand_out(self.configuration.clone(), now_ms, out);
     }
 
     /// Writes the next version, with the members of `configuration`, and sends it to everybody
@@ -259,7 +268,8 @@ impl Proposer {
                     return;
                 }
                 Step::Joint { given_up } => {
-                    let both_hold = present.has_quorum(|member| self.holds(member));
+                    let both_hold = present.has_quorum(|member| self.holds(member))
+                        || is_on(Mutation::JointLeftWithoutOldMajority);
                     let members = match given_up {
                         true => present.members.clone(),
                         false => target,
@@ -308,9 +318,11 @@ impl Proposer {
     /// committed: up to the term's start at least, since below it commits were counted by others.
     fn may_be_left_for(&self, next: &Configuration) -> bool {
         let committed = self.commit_lsn.max(self.term_start_lsn());
-        next.has_quorum(|member| {
-            self.holds(member) && self.flushed(member.id, member.incarnation) >= committed
-        })
+        let has_all = |member: &Member| {
+            self.flushed(member.id, member.incarnation) >= committed
+                || is_on(Mutation::JointLeftWithoutData)
+        };
+        next.has_quorum(|member| self.holds(member) && has_all(member))
     }
 
     /// Every learner is so near that as a member it would not hold up commits for long.

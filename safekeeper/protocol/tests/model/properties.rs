@@ -2,6 +2,7 @@
 
 use safekeeper_protocol::*;
 
+use super::members::version_of;
 use super::scope::majority_of_each_set;
 use super::world::*;
 
@@ -16,7 +17,12 @@ pub fn same_term_same_position_same_entry(world: &World) -> bool {
         let end = place(s.acceptor.flush_lsn()).min(s.entries.len());
         (s.acceptor.history(), &s.entries[..end])
     });
-    let of_servers = world.servers.iter().map(|s| (&s.history, &s.entries[..]));
+    let none = TermHistory::default();
+    let of_servers = world.servers.iter().map(|s| {
+        let history = if s.standby { &none } else { &s.history };
+        let end = s.unled_from.unwrap_or(usize::MAX).min(s.entries.len());
+        (history, &s.entries[..end])
+    });
     let logs: Vec<(&TermHistory, &[Writer])> = of_safekeepers.chain(of_servers).collect();
     let agree = |one: &(&TermHistory, &[Writer]), other: &(&TermHistory, &[Writer])| {
         one.1.iter().zip(other.1).enumerate().all(|(i, (a, b))| {
@@ -52,27 +58,57 @@ pub fn leaders_hold_what_is_committed(world: &World) -> bool {
     })
 }
 
-/// Also after every crash: what is committed is on the disks of a majority (of both sets). A member
-/// that was made anew holds nothing and counts as holding all: its loss was not ours.
+/// Also after every crash: what is committed is on the disks of a majority (of both sets), while no
+/// change of members is anywhere under way. A member that was made anew holds nothing and counts as
+/// holding all: its loss was not ours.
 pub fn committed_entries_are_on_a_quorum(world: &World) -> bool {
     let committed = &world.observed.committed;
-    let holds = |member: &Member| {
-        let safekeeper = &world.safekeepers[member.id.0 as usize - 1];
-        let durable = &safekeeper.entries[..safekeeper.flushed.min(safekeeper.entries.len())];
-        safekeeper.incarnation != member.incarnation
-            || durable.get(..committed.len()) == Some(&committed[..])
+    let holds = |member: &Member| !is_present(world, member) || holds_committed(world, member);
+    let known: Vec<&Configuration> = configurations(world).collect();
+    let is_joint = known.iter().any(|known| known.new_members.is_some());
+    let is_changing = is_joint || known.windows(2).any(|pair| !pair[0].same_members(pair[1]));
+    let holds_all = |configuration: &&Configuration| majority_of_each_set(configuration, holds);
+    committed.is_empty() || is_changing || known.first().is_some_and(holds_all)
+}
+
+/// Whatever configuration is known anywhere: those who would vote under it, because they know of no
+/// later one, can elect nobody without one that holds all that is committed. One that only a leader
+/// knows is left out: it stands for election no more, and who takes it from there does so in its
+/// term.
+pub fn every_quorum_has_what_is_committed(world: &World) -> bool {
+    let lacks = |configuration: &Configuration, member: &Member| {
+        let node = &world.safekeepers[member.id.0 as usize - 1];
+        is_present(world, member)
+            && version_of(&node.durable.configuration) <= version_of(configuration)
+            && !holds_committed(world, member)
     };
-    let configurations = world.safekeepers.iter().map(|s| &s.durable.configuration);
-    let newest = configurations.max_by_key(|configuration| {
-        let version = configuration.version;
-        (
-            !configuration.is_provisional(),
-            version.term,
-            version.generation,
-        )
+    configurations(world).all(|known| !majority_of_each_set(known, |member| lacks(known, member)))
+}
+
+fn configurations(world: &World) -> impl Iterator<Item = &Configuration> {
+    let of_safekeepers = world.safekeepers.iter().map(|s| &s.durable.configuration);
+    let of_servers = world.servers.iter().flat_map(|s| {
+        let stands = s
+            .proposer
+            .as_ref()
+            .filter(|proposer| !proposer.is_leading());
+        let of_worker = stands.map(|proposer| proposer.configuration());
+        [Some(&s.configuration), of_worker].into_iter().flatten()
     });
-    committed.is_empty()
-        || newest.is_some_and(|configuration| majority_of_each_set(configuration, holds))
+    let decides = |configuration: &&Configuration| {
+        !configuration.is_none() && !configuration.is_provisional()
+    };
+    of_safekeepers.chain(of_servers).filter(decides)
+}
+
+fn is_present(world: &World, member: &Member) -> bool {
+    world.safekeepers[member.id.0 as usize - 1].incarnation == member.incarnation
+}
+
+fn holds_committed(world: &World, member: &Member) -> bool {
+    let safekeeper = &world.safekeepers[member.id.0 as usize - 1];
+    let durable = &safekeeper.entries[..safekeeper.flushed.min(safekeeper.entries.len())];
+    durable.starts_with(&world.observed.committed)
 }
 
 /// What a safekeeper may show to consumers was committed (G4).

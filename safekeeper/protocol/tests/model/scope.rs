@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use safekeeper_protocol::mutation::{Keeper, Mutation};
 use safekeeper_protocol::*;
 
+use super::members::member;
+use super::step::{Step, apply, enabled};
 use super::world::*;
 
 /// How the cluster stands when the exploration begins.
@@ -48,6 +50,20 @@ pub struct Scope {
     pub prompt_greetings: bool,
     /// Comparing, completing and persisting take time, in which other things happen.
     pub slow_host: bool,
+    /// What the start wins goes to its worker; else the start's proposer stays.
+    pub hands_over: bool,
+    /// Term of a safekeeper, and what it holds of a change that somebody has begun and died over.
+    pub half_begun: fn(usize) -> Option<(Term, Configuration)>,
+    /// A server changes the members to the set of its own number only.
+    pub own_sets: bool,
+    /// The first server leads already, and all members follow it.
+    pub led: bool,
+    /// The second server is a standby.
+    pub standby: bool,
+    /// A server may hold other bytes than the quorum under the same terms: comparing is to find them.
+    pub bytes_may_differ: bool,
+    /// What the members may be changed to.
+    pub sets: &'static [&'static [usize]],
     /// Each worker draws random numbers of its own. They matter for the lineage, at first use.
     pub fresh_seeds: bool,
     /// A rule that is broken on purpose.
@@ -80,10 +96,14 @@ pub struct Seen {
     pub truncated: Count,
     pub stale: Count,
     pub refused: Count,
+    pub promoted: Count,
+    pub handed_over: Count,
+    pub changed: Count,
+    pub reconfigured: Count,
 }
 
 impl Seen {
-    pub fn all(&self) -> [(&'static str, u64); 6] {
+    pub fn all(&self) -> [(&'static str, u64); 10] {
         [
             ("led", self.led.get()),
             ("committed", self.committed.get()),
@@ -91,6 +111,10 @@ impl Seen {
             ("truncated", self.truncated.get()),
             ("stale", self.stale.get()),
             ("refused", self.refused.get()),
+            ("promoted", self.promoted.get()),
+            ("handed over", self.handed_over.get()),
+            ("changed", self.changed.get()),
+            ("reconfigured", self.reconfigured.get()),
         ]
     }
 }
@@ -110,6 +134,13 @@ impl Default for Scope {
             late_max: 0,
             prompt_greetings: true,
             slow_host: false,
+            hands_over: false,
+            led: false,
+            standby: false,
+            bytes_may_differ: false,
+            sets: &[],
+            half_begun: |_| None,
+            own_sets: false,
             fresh_seeds: false,
             mutation: None,
             wanted: &[],
@@ -139,13 +170,18 @@ pub fn majority_of_each_set(
 }
 
 fn members(safekeepers: &[usize]) -> Vec<Member> {
-    let member = |&safekeeper: &usize| Member {
-        id: MemberId(safekeeper as u64 + 1),
-        incarnation: Incarnation(safekeeper as u128 + 1),
-        host: String::new(),
-        port: 0,
-    };
-    safekeepers.iter().map(member).collect()
+    safekeepers.iter().map(|&i| member(i)).collect()
+}
+
+/// From {1} to another one, as written by the proposer of `term`.
+pub fn joint_singles(term: u64, new: &[usize]) -> Configuration {
+    Configuration {
+        version: ConfigurationVersion {
+            term: Term(term),
+            generation: 1,
+        },
+        ..configured(&[0], Some(new))
+    }
 }
 
 fn configured(old: &[usize], new: Option<&[usize]>) -> Configuration {
@@ -164,6 +200,14 @@ pub fn three() -> Configuration {
     configured(&[0, 1, 2], None)
 }
 
+pub fn first_alone() -> Configuration {
+    configured(&[0], None)
+}
+
+pub fn first_two() -> Configuration {
+    configured(&[0, 1], None)
+}
+
 /// From {1, 2} to {2, 3}: votes and commits need all three.
 pub fn joint_pairs() -> Configuration {
     configured(&[0, 1], Some(&[1, 2]))
@@ -176,6 +220,55 @@ pub fn joint_grown() -> Configuration {
 
 impl Scope {
     pub fn begin(&self) -> Vec<World> {
+        let mut worlds = self.logs();
+        for world in &mut worlds {
+            if self.standby {
+                let second = world.servers[1].edit();
+                second.standby = true;
+                second.configuration = Configuration::default();
+                world.seal(&self.pools);
+            }
+            if self.led {
+                self.let_lead(world);
+            }
+        }
+        worlds
+    }
+
+    /// The first server is started; then whatever can be done at once is done.
+    fn let_lead(&self, world: &mut World) {
+        let mut step = Some(Step::Start { server: 0 });
+        while let Some(next) = step {
+            *world = apply(self, world, next).expect("a step that is possible");
+            let mut steps = Vec::new();
+            enabled(self, world, &mut steps);
+            let is_due = |step: &Step| match *step {
+                Step::Work { .. } => true,
+                Step::Start { server }
+                | Step::Deliver {
+                    server,
+                    late: false,
+                    ..
+                } => server == 0,
+                Step::Flush { late, .. }
+                | Step::Push {
+                    entry: false, late, ..
+                } => !late,
+                _ => false,
+            };
+            let due = steps.into_iter().filter(is_due);
+            step = due
+                .into_iter()
+                .find(|&step| apply(self, world, step).is_some());
+        }
+        let leads = world.servers[0]
+            .proposer
+            .as_ref()
+            .is_some_and(Proposer::is_leading);
+        assert!(leads, "the first server does not lead in {}", self.name);
+    }
+
+    fn logs(&self) -> Vec<World> {
         match &self.begin {
             Begin::FirstUse { lists, local } => vec![self.first_use(lists, *local)],
             Begin::Settled {
@@ -223,9 +316,15 @@ impl Scope {
         };
         let history = TermHistory::new(vec![reign]).expect("one reign");
         let node = |i: usize| {
+            let is_member = configuration.all_members().any(|m| *m == member(i));
+            if !is_member && (self.half_begun)(i).is_none() {
+                return safekeeper(i, AcceptorState::unconfigured(cluster()), 0);
+            }
+            let held = (self.half_begun)(i);
+            let (term, held) = held.unwrap_or_else(|| (Term(1), configuration.clone()));
             let state = AcceptorState {
-                term: Term(1),
-                configuration: configuration.clone(),
+                term,
+                configuration: held,
                 history: history.clone(),
                 ..AcceptorState::unconfigured(cluster())
             };
@@ -314,6 +413,10 @@ fn server(history: TermHistory, configuration: Configuration, end: usize) -> Ser
         task: None,
         up: false,
         deposed: false,
+        standby: false,
+        won: None,
+        tli: 1,
+        unled_from: None,
         run: 0,
         starts: 0,
         list: (0..SAFEKEEPERS).collect(),

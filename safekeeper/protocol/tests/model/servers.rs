@@ -11,12 +11,17 @@ use safekeeper_protocol::mutation::Mutation;
 use safekeeper_protocol::*;
 
 use super::scope::{Scope, cluster};
+use super::standby::timeline_files;
 use super::step::{NOW_MS, Run};
 use super::world::*;
 
 impl Run<'_> {
+    /// The postmaster's, or one of a worker alone; then perhaps with the term that the start won.
     pub fn start(&mut self, server: usize) {
         let scope = self.scope;
+        if let Some(won) = self.world.servers[server].won.clone() {
+            return self.go_on_with(server, won);
+        }
         let is_first = !self.world.servers[server].up;
         if is_first && scope.breaks(Mutation::ElectionBeforeRecoverySkipped) {
             // Recovery ends with a record of its own.
@@ -25,45 +30,61 @@ impl Run<'_> {
             self.insert_up_to(server, end);
         }
         let node = self.world.servers[server].edit();
-        node.starts += u8::from(scope.fresh_seeds);
         let standing = if node.up {
             Standing::Running
         } else {
+            node.flushed = node.entries.len();
             Standing::BeforeRecovery
         };
-        if !node.up {
-            node.flushed = node.entries.len();
-        }
-        let local = local_log(scope, node);
-        let address = |&safekeeper: &usize| PeerAddress {
-            host: String::new(),
-            port: safekeeper as u16,
-        };
-        let settings = ProposerSettings {
-            proposer_id: ProposerId(server as u128 + 1),
-            cluster: cluster(),
-            peers: node.list.iter().map(address).collect(),
-            member_timeout_ms: 10_000,
-            seed: 2 * (server as u64 * 100 + u64::from(node.starts)) + 1,
-        };
-        let mut actions = Vec::new();
         let by_the_file = is_first && scope.breaks(Mutation::TermFromHistoryFile);
-        node.proposer = Some(match node.history.last().filter(|_| by_the_file) {
+        match node.history.last().filter(|_| by_the_file) {
             Some(last) => {
                 let won = WonTerm {
                     term: last.term,
                     history: node.history.clone(),
                     configuration: node.configuration.clone(),
                 };
-                Proposer::elected(settings, local, won, NOW_MS, &mut actions)
+                self.begin_elected(server, won);
             }
-            None => Proposer::new(settings, local, standing, NOW_MS),
-        });
+            None => self.begin_proposer(server, standing),
+        }
+    }
+
+    /// Recovery is over, and the worker takes over the term that was won before it: once.
+    fn go_on_with(&mut self, server: usize, won: WonTerm) {
+        let node = self.world.servers[server].edit();
+        (node.won, node.up) = (None, true);
+        self.handed_over = Some(won.term);
+        self.scope.seen.handed_over.count();
+        self.begin_elected(server, won);
+        self.handed_over = None;
+    }
+
+    pub fn begin_proposer(&mut self, server: usize, standing: Standing) {
+        let scope = self.scope;
+        let node = self.world.servers[server].edit();
+        node.starts += u8::from(scope.fresh_seeds);
+        let (settings, local) = (settings(server, node), local_log(scope, node));
+        node.proposer = Some(Proposer::new(settings, local, standing, NOW_MS));
+        self.connect_all(server);
+    }
+
+    fn begin_elected(&mut self, server: usize, won: WonTerm) {
+        let scope = self.scope;
+        let node = self.world.servers[server].edit();
+        node.starts += u8::from(scope.fresh_seeds);
+        let (settings, local) = (settings(server, node), local_log(scope, node));
+        let mut actions = Vec::new();
+        let proposer = Proposer::elected(settings, local, won, NOW_MS, &mut actions);
+        node.proposer = Some(proposer);
         for action in actions {
             self.carry_out(server, action);
         }
-        let node = &self.world.servers[server];
-        for safekeeper in node.list.clone() {
+        self.connect_all(server);
+    }
+
+    fn connect_all(&mut self, server: usize) {
+        for safekeeper in self.world.servers[server].list.clone() {
             self.connect(server, safekeeper);
         }
     }
@@ -91,7 +112,7 @@ impl Run<'_> {
     pub fn stop_server(&mut self, server: usize, kept: usize) {
         self.stop_worker(server);
         let node = self.world.servers[server].edit();
-        (node.up, node.deposed) = (false, false);
+        (node.up, node.deposed, node.won) = (false, false, None);
         node.run += 1;
         node.entries.truncate(kept);
         node.flushed = kept;
@@ -141,7 +162,9 @@ impl Run<'_> {
             ProposerAction::StandAgain => return self.stop_worker(server),
             ProposerAction::Deposed { .. } => {
                 self.stop_worker(server);
-                self.world.servers[server].edit().deposed = true;
+                let node = self.world.servers[server].edit();
+                // A standby has lost nothing by it.
+                node.deposed = !node.standby;
                 return;
             }
             ProposerAction::Wait(reason) => {
@@ -153,12 +176,16 @@ impl Run<'_> {
             }
             ProposerAction::NothingToRecover => {
                 self.stop_worker(server);
+                if self.world.servers[server].standby {
+                    return;
+                }
                 self.world.servers[server].edit().up = true;
                 return self.start(server);
             }
-            ProposerAction::Replay { .. } | ProposerAction::Promote { .. } => {
-                unreachable!("no server is a standby")
-            }
+            ProposerAction::Replay { end_lsn } => Task::Replay {
+                end: place(end_lsn),
+            },
+            ProposerAction::Promote { tli, .. } => Task::Promote { tli: tli.0 },
             ProposerAction::Compare {
                 donor,
                 term,
@@ -211,7 +238,9 @@ impl Run<'_> {
                         reason: String::new(),
                     }
                 } else if ours[begin..end] != theirs.entries[begin..end] {
-                    self.world.accuse(Violation::OtherBytes);
+                    if !self.scope.bytes_may_differ {
+                        self.world.accuse(Violation::OtherBytes);
+                    }
                     Compared::Differs { at: lsn(begin) }
                 } else {
                     Compared::Equal
@@ -258,21 +287,41 @@ impl Run<'_> {
             } => {
                 let node = self.world.servers[server].edit();
                 (node.history, node.configuration) = (history, configuration);
+                node.unled_from = None;
+                if node.proposer.as_ref().is_some_and(Proposer::is_leading) {
+                    self.scope.seen.reconfigured.count();
+                }
                 self.drive(server, |proposer, out| {
                     proposer.on_history_persisted(NOW_MS, out)
                 });
             }
+            Task::Replay { end } if self.world.servers[server].entries.len() != end => {
+                self.world.servers[server].edit().task = Some(task);
+            }
+            Task::Replay { .. } => {
+                self.drive(server, |proposer, out| proposer.on_replayed(out));
+            }
+            Task::Promote { tli } => self.leave_recovery(server, tli),
+            Task::Promoted { tli, switch } => self.tell_promoted(server, tli, switch),
         }
     }
 
     pub fn lead(&mut self, server: usize, term: Term) {
-        self.world.servers[server].edit().up = true;
+        if self.handed_over == Some(term) {
+            return;
+        }
         let bit = 1 << term.0;
         if self.world.observed.led & bit != 0 {
             self.world.accuse(Violation::TwoLeaders);
         }
         self.world.observed.edit().led |= bit;
         self.scope.seen.led.count();
+        let node = self.world.servers[server].edit();
+        if self.scope.hands_over && !node.up {
+            node.won = node.proposer.as_mut().and_then(Proposer::hand_over);
+            return self.stop_worker(server);
+        }
+        node.up = true;
     }
 
     pub fn commit(&mut self, server: usize, end: usize) {
@@ -284,7 +333,9 @@ impl Run<'_> {
         else {
             return;
         };
-        let ours = node.entries[..end].to_vec();
+        let Some(ours) = self.entries_of_term(server, end) else {
+            return self.world.accuse(Violation::CommittedChanged);
+        };
         let committed = &self.world.observed.committed;
         let common = committed.len().min(end);
         if committed[..common] != ours[..common] {
@@ -298,7 +349,25 @@ impl Run<'_> {
         self.scope.seen.committed.count();
     }
 
-    /// One entry at a time, though a server would send all it has: a prefix is what may arrive.
+    /// The log of this reign up to `end`: of the server, or, as long as it is a standby that has
+    /// replayed less, of a safekeeper that follows it.
+    fn entries_of_term(&self, server: usize, end: usize) -> Option<Entries> {
+        let node = &self.world.servers[server];
+        let proposer = node.proposer.as_ref()?;
+        if let Some(entries) = node.entries.get(..end).filter(|_| !node.standby) {
+            return Some(entries.to_vec());
+        }
+        let follows = |s: &&Shared<Safekeeper>| {
+            s.acceptor.term() == proposer.term() && s.acceptor.history() == proposer.history()
+        };
+        let mut followers = self.world.safekeepers.iter().filter(follows);
+        followers.find_map(|s| {
+            Some(s.entries.get(..end.min(s.flushed))?.to_vec()).filter(|e| e.len() == end)
+        })
+    }
+
+    /// One entry at a time, though a server would send all it has: a prefix is what may arrive. What
+    /// a standby has not replayed comes from a donor.
     pub fn next_append(
         &mut self,
         server: usize,
@@ -307,20 +376,53 @@ impl Run<'_> {
     ) -> Option<(Append, Entries)> {
         let node = &self.world.servers[server];
         let peer = node.peer(safekeeper);
-        let next = place(node.proposer.as_ref()?.next_lsn(peer)?);
+        let proposer = node.proposer.as_ref()?;
+        let next = place(proposer.next_lsn(peer)?);
         let end = next + usize::from(entry);
-        if end > self.scope.entries_max.max(node.entries.len()) {
-            return None;
+        let is_missing = node.standby && end > node.entries.len();
+        let read = match proposer.donors_for(lsn(next)).first() {
+            _ if !entry || !is_missing => None,
+            donor => {
+                let donor = &self.world.safekeepers[node.list[donor?.0]];
+                // A read is answered only in the term it was asked in (W4).
+                let answers = donor.acceptor.term() == proposer.term() && donor.flushed >= end;
+                Some(donor.entries.get(next..end).filter(|_| answers)?.to_vec())
+            }
+        };
+        if !node.standby {
+            if end > self.scope.entries_max.max(node.entries.len()) {
+                return None;
+            }
+            self.insert_up_to(server, end);
         }
-        self.insert_up_to(server, end);
         let node = self.world.servers[server].edit();
         let wal = LocalWal {
             end_lsn: lsn(end),
             flush_lsn: Lsn::INVALID,
         };
         let append = node.proposer.as_mut()?.next_append(peer, wal, NOW_MS)?;
-        let entries = node.entries[next..next + append.len as usize].to_vec();
+        let entries = match append.len as usize {
+            0 => Vec::new(),
+            len => match read {
+                Some(read) => read[..len].to_vec(),
+                None => node.entries[next..next + len].to_vec(),
+            },
+        };
         Some((append, entries))
+    }
+}
+
+fn settings(server: usize, node: &Server) -> ProposerSettings {
+    let address = |&safekeeper: &usize| PeerAddress {
+        host: String::new(),
+        port: safekeeper as u16,
+    };
+    ProposerSettings {
+        proposer_id: ProposerId(server as u128 + 1),
+        cluster: cluster(),
+        peers: node.list.iter().map(address).collect(),
+        member_timeout_ms: 10_000,
+        seed: 2 * (server as u64 * 100 + u64::from(node.starts)) + 1,
     }
 }
 
@@ -332,17 +434,17 @@ fn local_log(scope: &Scope, node: &Server) -> LocalLog {
     } else {
         node.entries.len()
     };
-    let history = if scope.breaks(Mutation::NoLocalHistory) {
+    let history = if node.standby || scope.breaks(Mutation::NoLocalHistory) {
         TermHistory::default()
     } else {
         node.history.clone()
     };
     LocalLog {
         history,
-        tli: Tli(1),
+        tli: Tli(node.tli),
         end_lsn: lsn(end),
-        unled_from: None,
-        timeline_files: Vec::new(),
+        unled_from: node.unled_from.map(lsn),
+        timeline_files: timeline_files(node.tli),
         configuration: node.configuration.clone(),
     }
 }

@@ -3,6 +3,8 @@
 //! | in                | is played                                       |
 //! |-------------------|-------------------------------------------------|
 //! | `servers.rs`      | Postgres, its worker, its data directory        |
+//! | `standby.rs`      | a standby, and how it becomes a primary         |
+//! | `members.rs`      | who wants other members                         |
 //! | `links.rs`        | connections, and what is late on them           |
 //! | `safekeepers.rs`  | the daemon and its disk                         |
 //!
@@ -14,6 +16,7 @@ use safekeeper_protocol::*;
 
 use super::scope::Scope;
 use super::world::*;
+use super::{members, standby};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
@@ -91,6 +94,36 @@ pub enum Step {
     Wipe {
         safekeeper: usize,
     },
+    /// A standby replays one entry more.
+    Replay {
+        server: usize,
+    },
+    /// A standby's worker begins, and stands.
+    Promote {
+        server: usize,
+    },
+    /// Without asking; by the time its worker begins, the log ends at `inserted`.
+    PromoteByHand {
+        server: usize,
+        inserted: usize,
+    },
+    /// A start by override; likewise.
+    StartAlone {
+        server: usize,
+        inserted: usize,
+    },
+    /// A server that is down becomes a standby; it holds nothing but what is committed.
+    Rejoin {
+        server: usize,
+    },
+    /// The members shall be those of the scope's `set`.
+    ChangeMembers {
+        server: usize,
+        set: usize,
+    },
+    GiveUpChange {
+        server: usize,
+    },
 }
 
 /// Times are forgotten after each step, so it is always the first moment; but for a greeting it is
@@ -140,21 +173,45 @@ fn of_server(scope: &Scope, world: &World, server: usize, steps: &mut Vec<Step>)
     } else {
         inserted
     };
-    if world.faults.server_crashes > 0 && (node.proposer.is_some() || node.deposed) {
+    let runs = node.proposer.is_some() || node.deposed || node.won.is_some();
+    if world.faults.server_crashes > 0 && runs {
         steps.extend((node.flushed..=inserted_max).map(|kept| Step::CrashServer { server, kept }));
     }
+    if node.standby {
+        standby::steps(scope, world, server, steps);
+    }
     let Some(proposer) = &node.proposer else {
-        if !node.deposed && server < scope.n_servers {
-            steps.push(Step::Start { server });
+        if node.deposed || node.standby || server >= scope.n_servers {
+            return;
+        }
+        steps.push(Step::Start { server });
+        if node.up {
+            return;
+        }
+        if world.faults.overrides > 0 {
+            let inserted_max = scope.entries_max.max(inserted);
+            steps.extend(
+                (inserted..=inserted_max).map(|inserted| Step::StartAlone { server, inserted }),
+            );
+        }
+        if world.faults.rejoins > 0 && world.observed.committed.starts_with(&node.entries) {
+            steps.push(Step::Rejoin { server });
         }
         return;
     };
-    if node.task.is_some() {
-        steps.push(Step::Work { server });
+    match &node.task {
+        Some(Task::Replay { end }) if inserted != *end => {}
+        Some(_) => steps.push(Step::Work { server }),
+        None => {}
     }
+    members::steps(scope, world, server, proposer, steps);
+    // Only a donor that failed is asked again, later.
+    let retries = node.task.is_none() && proposer.next_tick_ms(|_| false) == NOW_MS;
     match proposer.state_name() {
-        "leading" | "completing" | "persisting" => {}
+        "leading" | "persisting" | "promoting" => {}
         "waiting" => steps.push(Step::Tick { server }),
+        "comparing" | "completing" if retries => steps.push(Step::Tick { server }),
+        "completing" => {}
         _ if world.faults.timeouts > 0 => steps.push(Step::Tick { server }),
         _ => {}
     }
@@ -256,6 +313,7 @@ pub fn apply(scope: &Scope, world: &World, step: Step) -> Option<World> {
         world: world.clone(),
         held: [[false; SAFEKEEPERS]; SERVERS],
         carried_out: 0,
+        handed_over: None,
     };
     next.hold_what_is_late(world);
     next.take(step)?;
@@ -317,6 +375,8 @@ pub struct Run<'a> {
     pub held: [[bool; SAFEKEEPERS]; SERVERS],
     /// Things that reached a disk while the last request was handled.
     pub carried_out: usize,
+    /// The term that a worker takes over from its server's start: nobody wins it by that.
+    pub handed_over: Option<Term>,
 }
 
 impl Run<'_> {
@@ -335,7 +395,8 @@ impl Run<'_> {
             }
             Step::Tick { server } => {
                 let proposer = self.world.servers[server].proposer.as_ref();
-                if proposer.is_some_and(|proposer| proposer.state_name() != "waiting") {
+                let is_free = |name| matches!(name, "waiting" | "comparing" | "completing");
+                if proposer.is_some_and(|proposer| !is_free(proposer.state_name())) {
                     self.world.faults.timeouts -= 1;
                 }
                 self.drive(server, |proposer, out| proposer.on_tick(NOW_MS, out));
@@ -415,6 +476,13 @@ impl Run<'_> {
                 self.world.faults.wipes -= 1;
                 self.wipe(safekeeper);
             }
+            Step::Replay { server } => self.replay(server)?,
+            Step::Promote { server } => self.promote(server),
+            Step::PromoteByHand { server, inserted } => self.promote_by_hand(server, inserted),
+            Step::StartAlone { server, inserted } => self.start_alone(server, inserted),
+            Step::Rejoin { server } => self.rejoin(server),
+            Step::ChangeMembers { server, set } => self.change_members(server, set)?,
+            Step::GiveUpChange { server } => self.give_up_change(server)?,
         }
         Some(())
     }

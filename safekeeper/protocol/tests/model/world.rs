@@ -85,6 +85,12 @@ pub enum Task {
         history: TermHistory,
         configuration: Configuration,
     },
+    /// A standby is to replay up to here.
+    Replay { end: usize },
+    /// A standby that has replayed so is to end recovery.
+    Promote { tli: u32 },
+    /// It has, where it was; its worker has not told yet.
+    Promoted { tli: u32, switch: usize },
 }
 
 /// A Postgres: its process, if it runs, and its data directory.
@@ -96,6 +102,14 @@ pub struct Server {
     pub up: bool,
     /// Its worker was told so, and is gone; only a start of the server brings another.
     pub deposed: bool,
+    /// It replays what safekeepers show; its history file is void.
+    pub standby: bool,
+    /// The term that the start has won, until its worker takes it over.
+    pub won: Option<WonTerm>,
+    /// Timeline on which it writes, or that it replays.
+    pub tli: u32,
+    /// Entries from there on were written without a term.
+    pub unled_from: Option<usize>,
     pub run: u8,
     /// Of the worker, for its seed.
     pub starts: u8,
@@ -152,6 +166,18 @@ pub struct Faults {
     pub timeouts: u8,
     /// A safekeeper's directory is made anew.
     pub wipes: u8,
+    /// Somebody wants a standby promoted.
+    pub promotions: u8,
+    /// The same, without asking the quorum.
+    pub by_hand: u8,
+    /// A server is started by override, without the quorum.
+    pub overrides: u8,
+    /// A stopped server becomes a standby.
+    pub rejoins: u8,
+    /// Somebody wants other members.
+    pub changes: u8,
+    /// And wants them no more.
+    pub give_ups: u8,
 }
 
 /// What no participant can see, and the properties need.
@@ -269,7 +295,7 @@ impl<T: PartialEq> PartialEq for Shared<T> {
 
 /// Words of a state are small numbers, and there are many: multiply and rotate, mix at the end.
 #[derive(Default)]
-struct Mixer(u64);
+pub struct Mixer(u64);
 
 impl Mixer {
     fn word(&mut self, word: u64) {
