@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 PG_CONFIG ?= /usr/lib/postgresql/15/bin/pg_config
 export PG_CONFIG
 
-.PHONY: help demo demo-stop test mutations soak fuzz check install
+.PHONY: help demo demo-stop test mutations model soak fuzz check install
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -21,6 +21,9 @@ test: ## everything: lints, unit tests, tests on real clusters
 
 mutations: ## break each rule on purpose; the tests must notice
 	@scripts/mutations
+
+model: ## every order of events in small clusters; takes an hour or two
+	@scripts/model
 
 soak: ## SEEDS=100000 simulated clusters, fresh ones; takes hours
 	@scripts/soak
