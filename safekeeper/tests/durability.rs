@@ -740,6 +740,71 @@ fn a_reader_notices_decay_and_serves_none_of_it() {
     }
 }
 
+/// Whatever an append ends in, only whole records are promised; and from there the log goes on, after
+/// a kill too.
+#[test]
+fn an_append_may_end_anywhere() {
+    let mut wal = wal_from(START);
+    let short = wal.noop(100);
+    let long = wal.noop(20_000);
+    let before = wal.noop(50);
+    let (lost, overwriting) = wal.overwritten(30_000, 0);
+    let behind = wal.noop(70);
+    let switch = wal.switch();
+    wal.noop(400);
+    let next_page = |lsn: Lsn| Lsn((lsn.0 / 8192 + 1) * 8192);
+    let torn = next_page(lost);
+    for (name, end, promised) in [
+        ("a page boundary", next_page(long.start_lsn), short.end_lsn),
+        (
+            "a page header",
+            next_page(long.start_lsn) + 10,
+            short.end_lsn,
+        ),
+        ("a record", long.end_lsn, long.end_lsn),
+        ("a record header", long.end_lsn + 9, long.end_lsn),
+        ("a record a crash cut short", lost + 30, before.end_lsn),
+        ("the page behind it", torn, before.end_lsn),
+        ("the mark of that page", torn + 3, before.end_lsn),
+        (
+            "the record that tells of it",
+            overwriting.start_lsn + 4,
+            before.end_lsn,
+        ),
+        (
+            "that record's end",
+            overwriting.end_lsn,
+            overwriting.end_lsn,
+        ),
+        ("a switch record", switch.start_lsn + 24, behind.end_lsn),
+        (
+            "the zeros behind it",
+            switch.start_lsn + 5_000,
+            behind.end_lsn,
+        ),
+        ("the end of those zeros", switch.end_lsn, switch.end_lsn),
+    ] {
+        let dir = LogDir::new();
+        let mut storage = dir.begin();
+        let len = (end - START) as usize;
+        storage.write(Tli(1), START, &wal.bytes()[..len]).unwrap();
+        assert_eq!(storage.flush().unwrap(), promised, "within {name}");
+        // Killed, and found again: what follows the last whole record is gone or is sent again.
+        drop(storage);
+        let mut storage = dir.open();
+        // The zeros behind a switch record were there before they were written.
+        let found = match (switch.start_lsn + 24..switch.end_lsn).contains(&end) {
+            true => switch.end_lsn,
+            false => promised,
+        };
+        assert_eq!(storage.flush_lsn(), found, "after a kill within {name}");
+        let next = storage.write_lsn();
+        storage.write(Tli(1), next, wal.bytes_from(next)).unwrap();
+        assert_eq!(storage.flush().unwrap(), wal.position(), "behind {name}");
+        assert_eq!(dir.read(START, wal.position()).unwrap(), wal.bytes());
+    }
+}
+
 #[test]
 fn a_reader_may_begin_in_the_zeros_behind_a_switch() {
     let dir = LogDir::new();
