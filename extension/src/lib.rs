@@ -9,6 +9,8 @@
 //! | | |
 //! |---|---|
 //! | `settings` | the settings, and configurations that are refused |
+//! | `start` | before recovery: win a term, complete the local log, or refuse to start |
+//! | `gate` | sessions wait until the recovered WAL is on the quorum |
 //! | `worker` | the background worker: signals, sleeping, shutdown |
 //! | `pusher` | drives the proposer and the pipelines to the members |
 //! | `wal_sender_slot` | the worker as the synchronous standby |
@@ -23,7 +25,7 @@
 //! | `pgwire`, `connect`, `peer` | messages, a connection, one safekeeper's pipeline |
 //! | `wal_source` | WAL by position, from `pg_wal` |
 //! | `donor`, `feed` | WAL by position, from a safekeeper, and a member that needs it |
-//! | `compare` | the local log against the donor's |
+//! | `compare`, `completion` | the local log against the donor's, and what it lacks of it |
 //! | `local_history` | the file with the proposer's own term history |
 //! | `lag` | from sent to acknowledged |
 //! | `threads` | signals blocked, panics caught |
@@ -31,10 +33,12 @@
 mod address;
 mod commit;
 mod compare;
+mod completion;
 mod connect;
 mod conninfo;
 mod donor;
 mod feed;
+mod gate;
 mod lag;
 mod local_history;
 mod local_log;
@@ -45,6 +49,7 @@ mod pusher;
 mod settings;
 mod shmem;
 mod slot;
+mod start;
 mod status;
 mod threads;
 mod wait_set;

@@ -6,8 +6,8 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use pgrx::PgSqlErrorCode;
-use safekeeper_protocol::{Configuration, ProposerId, TermHistory, TimelineFile, Tli};
-use safekeeper_wal::{TimelineHistory, history_file_name};
+use safekeeper_protocol::{Configuration, Lsn, ProposerId, TermHistory, TimelineFile, Tli};
+use safekeeper_wal::{SegmentSize, TimelineHistory, canonical_end, history_file_name};
 
 use crate::local_history::{self, LocalHistory};
 use crate::postgres;
@@ -29,6 +29,19 @@ pub fn load_local_history(data_dir: &Path, system_id: u64) -> LocalHistory {
             "",
         ),
     }
+}
+
+/// Where WAL begins that was written without a term: by the override; or after a promotion by hand,
+/// since a server with no history of its own has begun its timeline without asking anybody.
+pub fn unled_from(
+    local: &LocalHistory,
+    timelines: &TimelineHistory,
+    segment_size: SegmentSize,
+) -> Option<Lsn> {
+    let begun = timelines.begin(timelines.tli);
+    let by_hand = begun.filter(|_| local.history.is_empty());
+    let by_hand = by_hand.map(|lsn| canonical_end(lsn, segment_size));
+    local.unled_from.into_iter().chain(by_hand).min()
 }
 
 /// Postgres's history of timeline `tli`, and the files that tell it, newest first.

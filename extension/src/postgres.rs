@@ -58,12 +58,19 @@ pub struct Port {
     #[cfg(not(feature = "pg18"))]
     can_accept_connections: c_int,
     database_name: *mut c_char,
-    user_name: *mut c_char,
+    pub user_name: *mut c_char,
     /// Of the startup packet's `options`; null if it had none.
     pub cmdline_options: *mut c_char,
     guc_options: *mut pg_sys::List,
     /// As in the startup packet; null if it had none.
     pub application_name: *mut c_char,
+}
+
+impl Port {
+    /// The client came over a Unix-domain socket.
+    pub fn is_local_socket(&self) -> bool {
+        i32::from(self.raddr.addr.ss_family) == libc::AF_UNIX
+    }
 }
 
 /// `STATUS_OK` of `c.h`.
@@ -156,6 +163,72 @@ pub fn wal_segment_size() -> u32 {
     // SAFETY: set once, before any process of ours starts.
     let size = unsafe { pg_sys::wal_segment_size };
     u32::try_from(size).expect("Postgres keeps it between 1 MB and 1 GB")
+}
+
+/// What the control file says of the last run. (`catalog/pg_control.h`)
+pub struct ControlFile {
+    pub system_id: u64,
+    /// Where recovery begins.
+    pub redo_lsn: Lsn,
+    /// Record of the last checkpoint.
+    pub checkpoint_lsn: Lsn,
+    /// Timeline on which recovery ends: after a promotion the checkpoint may still be of the old
+    /// one. (`InitWalRecovery` in `xlogrecovery.c`)
+    pub tli: u32,
+    state: pg_sys::DBState::Type,
+}
+
+impl ControlFile {
+    /// In the postmaster, before recovery.
+    pub fn read() -> ControlFile {
+        let mut crc_is_right = false;
+        // SAFETY: the path is a C string; what comes back is a palloc'd structure, copied at once.
+        let control = unsafe {
+            let control = pg_sys::get_controlfile(pg_sys::DataDir, &mut crc_is_right);
+            let copy = control.read();
+            pg_sys::pfree(control.cast());
+            copy
+        };
+        if !crc_is_right {
+            fatal(
+                PgSqlErrorCode::ERRCODE_DATA_CORRUPTED,
+                "incorrect checksum in control file",
+                "",
+            );
+        }
+        ControlFile {
+            system_id: control.system_identifier,
+            redo_lsn: Lsn(control.checkPointCopy.redo),
+            checkpoint_lsn: Lsn(control.checkPoint),
+            tli: control
+                .checkPointCopy
+                .ThisTimeLineID
+                .max(control.minRecoveryPointTLI),
+            state: control.state,
+        }
+    }
+
+    /// Nothing is to be recovered, as far as the control file knows.
+    pub fn is_shut_down(&self) -> bool {
+        self.state == pg_sys::DBState::DB_SHUTDOWNED
+    }
+
+    /// As after a crash: WAL behind the last checkpoint is recovered.
+    pub fn set_in_production(&self) {
+        let mut found = false;
+        // SAFETY: the postmaster is alone; the name and the size are those of Postgres's own copy,
+        // which exists by now.
+        unsafe {
+            let shared: *mut pg_sys::ControlFileData = pg_sys::ShmemInitStruct(
+                c"Control File".as_ptr(),
+                size_of::<pg_sys::ControlFileData>(),
+                &mut found,
+            )
+            .cast();
+            (*shared).state = pg_sys::DBState::DB_IN_PRODUCTION;
+            pg_sys::update_controlfile(pg_sys::DataDir, shared, true);
+        }
+    }
 }
 
 /// Now, as Postgres counts: microseconds since 2000.

@@ -36,11 +36,11 @@ use crate::connect::Dial;
 use crate::feed::Feed;
 use crate::lag::Lag;
 use crate::local_history::LocalHistory;
-use crate::local_log::{load_local_history, load_timelines};
+use crate::local_log::{load_local_history, load_timelines, unled_from};
 use crate::peer::Peer;
 use crate::postgres;
 use crate::settings::Settings;
-use crate::shmem::Status;
+use crate::shmem::{self, Status};
 use crate::slot::Slot;
 use crate::threads::Waker;
 use crate::wait_set::Socket;
@@ -58,6 +58,7 @@ pub struct Pusher {
     data_dir: PathBuf,
     local: LocalHistory,
     tli: u32,
+    segment_size: SegmentSize,
 
     wal_sender: WalSenderSlot,
     positions: Positions,
@@ -116,7 +117,7 @@ impl Pusher {
             history: local.history.clone(),
             tli: Tli(tli),
             end_lsn: local_end_lsn,
-            unled_from: local.unled_from,
+            unled_from: unled_from(&local, &timelines, segment_size),
             timeline_files,
             configuration: local.configuration.clone(),
         };
@@ -143,12 +144,17 @@ impl Pusher {
             lag: Lag::default(),
         };
         let last_removed = postgres::last_removed_segno;
+        let mut actions = Vec::new();
+        let proposer = match shmem::take_won_term() {
+            Some(won) => Proposer::elected(proposer_settings, log, won, 0, &mut actions),
+            None => Proposer::new(proposer_settings, log, Standing::Running, 0),
+        };
         Pusher {
-            proposer: Proposer::new(proposer_settings, log, Standing::Running, 0),
+            proposer,
             members: settings.safekeepers.iter().map(member).collect(),
             source: WalSource::new(pg_wal, format, timelines, local_end_lsn, last_removed),
             comparison: None,
-            actions: Vec::new(),
+            actions,
             greeting: ProposerGreeting {
                 proposer_id: local.proposer_id,
                 cluster,
@@ -156,6 +162,7 @@ impl Pusher {
             data_dir,
             local,
             tli,
+            segment_size,
             wal_sender,
             positions: Positions::default(),
             lag: Lag::default(),

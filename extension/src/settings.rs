@@ -27,6 +27,10 @@ static SLOT_NAME: GucSetting<Option<CString>> =
 static MEMBER_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(10_000);
 static MAX_MEMBER_LAG: GucSetting<i32> = GucSetting::<i32>::new(1024);
 static SHUTDOWN_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(30);
+static START_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(0);
+static START_WITHOUT_QUORUM: GucSetting<bool> = GucSetting::<bool>::new(false);
+static HOLD_CONNECTIONS: GucSetting<bool> = GucSetting::<bool>::new(true);
+static HOLD_SUPERUSERS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static MIN_SYNCHRONOUS_COMMIT: GucSetting<MinSynchronousCommit> =
     GucSetting::<MinSynchronousCommit>::new(MinSynchronousCommit::RemoteWrite);
 
@@ -99,6 +103,25 @@ pub fn shutdown_timeout() -> Duration {
     Duration::from_secs(SHUTDOWN_TIMEOUT.get().unsigned_abs().into())
 }
 
+/// `None`: for ever.
+pub fn start_timeout() -> Option<Duration> {
+    let seconds = START_TIMEOUT.get().unsigned_abs();
+    (seconds > 0).then(|| Duration::from_secs(seconds.into()))
+}
+
+pub fn start_without_quorum() -> bool {
+    START_WITHOUT_QUORUM.get()
+}
+
+pub fn hold_connections() -> bool {
+    HOLD_CONNECTIONS.get()
+}
+
+/// Superusers on the local socket too.
+pub fn hold_superusers() -> bool {
+    HOLD_SUPERUSERS.get()
+}
+
 pub fn min_synchronous_commit() -> MinSynchronousCommit {
     MIN_SYNCHRONOUS_COMMIT.get()
 }
@@ -113,7 +136,6 @@ fn text(setting: &GucSetting<Option<CString>>) -> String {
 
 /// Declares all settings.
 pub fn define() {
-    let at_start = GucContext::Postmaster;
     define_text(
         c"walproposer.safekeepers",
         c"Safekeepers to which WAL is pushed, as a list of host:port.",
@@ -149,7 +171,7 @@ pub fn define() {
         &MEMBER_TIMEOUT,
         100,
         3_600_000,
-        at_start,
+        GucContext::Postmaster,
         GucFlags::UNIT_MS,
     );
     GucRegistry::define_int_guc(
@@ -171,6 +193,40 @@ pub fn define() {
         3600,
         GucContext::Sighup,
         GucFlags::UNIT_S,
+    );
+    GucRegistry::define_int_guc(
+        c"walproposer.start_timeout",
+        c"Time for which the server's start waits for a quorum of the safekeepers.",
+        c"0: for ever.",
+        &START_TIMEOUT,
+        0,
+        86_400,
+        GucContext::Postmaster,
+        GucFlags::UNIT_S,
+    );
+    GucRegistry::define_bool_guc(
+        c"walproposer.start_without_quorum",
+        c"Starts without asking the safekeepers. Commits that only they hold are lost.",
+        c"What is written then confers no right to lead; it is for emergencies.",
+        &START_WITHOUT_QUORUM,
+        GucContext::Postmaster,
+        GucFlags::empty(),
+    );
+    GucRegistry::define_bool_guc(
+        c"walproposer.hold_connections",
+        c"Holds sessions after a restart until the recovered WAL is on a quorum.",
+        c"Without it a session can see a transaction that is lost afterwards.",
+        &HOLD_CONNECTIONS,
+        GucContext::Sighup,
+        GucFlags::empty(),
+    );
+    GucRegistry::define_bool_guc(
+        c"walproposer.hold_superusers",
+        c"Holds superusers on the local socket like everybody else.",
+        c"Off: a way in for maintenance.",
+        &HOLD_SUPERUSERS,
+        GucContext::Sighup,
+        GucFlags::empty(),
     );
     GucRegistry::define_enum_guc(
         c"walproposer.min_synchronous_commit",

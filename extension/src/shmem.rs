@@ -5,6 +5,8 @@
 //! | `commit_lsn` | worker, before it releases commits | every committing backend, `walproposer_wait_commit` |
 //! | `waits_cancelled` | backends whose wait was cancelled | the view |
 //! | `wal_senders` | connections that are WAL senders | the next one |
+//! | the gate | postmaster, before recovery; worker | sessions that are being authenticated |
+//! | the won term | postmaster, before recovery | the worker, once |
 //! | [`Status`] | worker, under a lock, before it goes to sleep | the views |
 //!
 //! It is made anew when the server starts and after a crash-restart, and survives a restart of the
@@ -12,10 +14,12 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use pgrx::{pg_guard, pg_sys};
-use safekeeper_protocol::{Configuration, Lsn};
+use safekeeper_protocol::{Configuration, Lsn, WonTerm};
+
+use crate::start;
 
 const NAME: &CStr = c"walproposer";
 
@@ -121,9 +125,20 @@ struct Shared {
     waits_cancelled: AtomicU64,
     wal_senders: AtomicI32,
     commit_moved: UnsafeCell<pg_sys::ConditionVariable>,
+    gate: AtomicU64,
+    /// Bytes of the won term; 0 if there is none, or it was taken.
+    won_len: AtomicUsize,
+    won: UnsafeCell<[u8; WON_LEN_MAX]>,
     /// Guarded by the lock of tranche [`NAME`].
     status: UnsafeCell<Status>,
 }
+
+/// A history of the greatest length takes 80 kB, a configuration 9 kB.
+const WON_LEN_MAX: usize = 128 * 1024;
+
+/// Values of `gate` that are no position.
+const GATE_OPEN: u64 = 0;
+const GATE_CLOSED: u64 = u64::MAX;
 
 /// Set in the postmaster, inherited by all its children; null if the library was not preloaded.
 static SHARED: AtomicPtr<Shared> = AtomicPtr::new(std::ptr::null_mut());
@@ -193,12 +208,98 @@ unsafe extern "C-unwind" fn startup() {
         }
         SHARED.store(shared, Ordering::Relaxed);
     }
+    start::before_recovery();
 }
 
 fn shared() -> Option<&'static Shared> {
     // SAFETY: null or a structure that stays until the process ends. It is never borrowed
     // mutably: what changes is atomic or in a cell.
     unsafe { SHARED.load(Ordering::Relaxed).as_ref() }
+}
+
+/// For the worker of this start. By the postmaster, which is alone then.
+pub fn hand_over(won: &WonTerm) {
+    let bytes = start::encode_won(won);
+    let Some(shared) = shared().filter(|_| bytes.len() <= WON_LEN_MAX) else {
+        return;
+    };
+    // SAFETY: no other process is attached yet; the length is checked.
+    unsafe {
+        shared
+            .won
+            .get()
+            .cast::<u8>()
+            .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+    }
+    shared.won_len.store(bytes.len(), Ordering::Release);
+}
+
+/// The term that the start has won, for whoever asks first: a worker that is started again stands
+/// for election.
+pub fn take_won_term() -> Option<WonTerm> {
+    let shared = shared()?;
+    let len = shared.won_len.swap(0, Ordering::AcqRel).min(WON_LEN_MAX);
+    // SAFETY: written before there was another process, and never again.
+    let bytes = unsafe { std::slice::from_raw_parts(shared.won.get().cast::<u8>(), len) };
+    if bytes.is_empty() {
+        return None;
+    }
+    start::decode_won(bytes).ok()
+}
+
+/// Sessions wait from here on. By the postmaster, before recovery.
+pub fn close_gate() {
+    if let Some(shared) = shared() {
+        shared.gate.store(GATE_CLOSED, Ordering::Release);
+    }
+}
+
+pub fn gate_is_open() -> bool {
+    shared().is_none_or(|shared| shared.gate.load(Ordering::Acquire) == GATE_OPEN)
+}
+
+/// The recovered log ends at `lsn`. Counts if the gate is closed and no end was set before. Whether
+/// it was news.
+pub fn set_gate(lsn: Lsn) -> bool {
+    shared().is_some_and(|shared| {
+        let (closed, end) = (GATE_CLOSED, lsn.0.max(1));
+        let set = shared
+            .gate
+            .compare_exchange(closed, end, Ordering::AcqRel, Ordering::Acquire);
+        set.is_ok()
+    })
+}
+
+/// Opens the gate if all of the recovered log is committed. Whether it was closed.
+pub fn open_gate_at(commit_lsn: Lsn) -> bool {
+    let Some(shared) = shared() else {
+        return false;
+    };
+    let gate = shared.gate.load(Ordering::Acquire);
+    if gate == GATE_OPEN || gate == GATE_CLOSED || commit_lsn.0 < gate {
+        return false;
+    }
+    shared.gate.store(GATE_OPEN, Ordering::Release);
+    // SAFETY: initialised at startup, never moved.
+    unsafe { pg_sys::ConditionVariableBroadcast(shared.commit_moved.get()) };
+    true
+}
+
+/// Sleeps until the gate is open. Ends as any wait does that is interrupted.
+pub fn wait_for_gate() {
+    let Some(shared) = shared() else {
+        return;
+    };
+    let moved = shared.commit_moved.get();
+    // SAFETY: initialised at startup, never moved. Prepared before the gate is looked at, so that
+    // no broadcast in between is lost; cancelled on every way out, by Postgres on errors.
+    unsafe {
+        pg_sys::ConditionVariablePrepareToSleep(moved);
+        while !gate_is_open() {
+            pg_sys::ConditionVariableSleep(moved, pg_sys::PG_WAIT_EXTENSION);
+        }
+        pg_sys::ConditionVariableCancelSleep();
+    }
 }
 
 /// Is there shared memory, that is, was the library preloaded?

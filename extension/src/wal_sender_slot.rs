@@ -23,7 +23,7 @@ use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
 use safekeeper_protocol::Lsn;
 
 use crate::postgres::{self, ClientAuthentication_hook_type, Port};
-use crate::shmem;
+use crate::{gate, shmem};
 
 /// The name under which commits wait for us.
 pub const APPLICATION_NAME: &CStr = c"walproposer";
@@ -225,9 +225,14 @@ unsafe extern "C-unwind" fn on_authentication(port: *mut Port, status: c_int) {
         // SAFETY: called as Postgres would have called it.
         unsafe { previous(port, status) };
     }
-    // SAFETY: a variable of this process.
-    if status != postgres::STATUS_OK || !unsafe { pg_sys::am_walsender } || !shmem::is_there() {
+    if status != postgres::STATUS_OK || !shmem::is_there() {
         return;
+    }
+    // SAFETY: a variable of this process, and the port that Postgres hands over.
+    unsafe {
+        if !pg_sys::am_walsender {
+            return gate::hold(port);
+        }
     }
     // SAFETY: Postgres hands over its own port; both texts are null or C strings.
     let impostor = unsafe {

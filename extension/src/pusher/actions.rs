@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use pgrx::PgSqlErrorCode;
 use safekeeper_protocol::{Compared, Lsn, PeerIdx, ProposerAction, Term};
+use safekeeper_wal::canonical_end;
 
 use super::{Pusher, thread_panicked};
 use crate::compare::{Comparison, ComparisonEvent, Stretch};
@@ -70,6 +71,13 @@ impl Pusher {
                 postgres::log(format!(
                     "elected in term {term}, which begins at {start_lsn}"
                 ));
+                // Whatever sessions could see by now was recovered, and lies below.
+                let end_lsn = canonical_end(postgres::insert_lsn(), self.segment_size);
+                if shmem::set_gate(end_lsn) {
+                    postgres::log(format!(
+                        "sessions are held until the WAL up to {end_lsn} is on the quorum"
+                    ));
+                }
             }
             ProposerAction::Commit(commit_lsn) => self.commit(commit_lsn),
             ProposerAction::Wait(reason) => {
@@ -106,6 +114,9 @@ impl Pusher {
         shmem::set_commit_lsn(commit_lsn);
         self.positions.commit_lsn = commit_lsn;
         self.release_commits(now);
+        if shmem::open_gate_at(commit_lsn) {
+            postgres::log("the recovered WAL is on the quorum: sessions are let in");
+        }
     }
 
     /// Shows the positions, and releases the commits that the quorum has.

@@ -1,0 +1,345 @@
+//! Before recovery: what the server's start does in the postmaster (design §7.1).
+//!
+//! WAL is pushed to the safekeepers before the local disk has flushed it. So after a crash they may
+//! hold more of this server's own WAL than its disk does; and they may hold another primary's.
+//! Recovery must not begin before that is known. `shmem_startup_hook` is the place: the data
+//! directory is locked, no session can connect, the startup process has not been forked; and it is
+//! called again when the postmaster restarts its children after a crash.
+//!
+//! ```text
+//!   postmaster    find the log's end ──► fork ───────── wait ──────────► take the term, close the gate
+//!                                         │         obey stop signals        ▲
+//!   candidate                             └─► win a term, compare, complete ─┘ one message on a pipe
+//! ```
+//!
+//! The postmaster must stay single-threaded, and nothing of ours may crash it. So the work is a
+//! forked process's, the *candidate* (`start/candidate.rs`): it has threads and connections, calls
+//! nothing of Postgres, writes nothing to shared memory, and dies with the postmaster.
+//!
+//! | the candidate says | then |
+//! |---|---|
+//! | nothing to recover | no quorum was ever configured: recovery, and first use by the worker |
+//! | won | recovery of the log, completed if need be; the worker goes on in the won term |
+//! | refused | FATAL: another primary has written, or other bytes; the advice that fits |
+//!
+//! The won term is handed over in shared memory, for this start only (S7). Sessions are held until
+//! the recovered WAL is on the quorum (`gate.rs`).
+
+mod candidate;
+mod local_end;
+mod message;
+
+use std::io::Read;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use pgrx::{PgSqlErrorCode, pg_sys};
+use safekeeper_protocol::{ClusterIdentity, LocalLog, ProposerSettings, Tli};
+use safekeeper_wal::{PgVersion, SegmentSize, WalFormat};
+
+use self::candidate::Candidate;
+use self::local_end::LocalEnd;
+use self::message::{FromCandidate, MessageError};
+pub use self::message::{decode_won, encode_won};
+use crate::connect::Dial;
+use crate::local_history::{self, LocalHistory};
+use crate::local_log::{load_local_history, load_timelines, unled_from};
+use crate::settings::{self, Settings, settings};
+use crate::{postgres, shmem};
+
+/// While the candidate works, a stop signal is looked for this often.
+const POLL: Duration = Duration::from_millis(100);
+
+/// From `shmem_startup_hook`, when shared memory is laid out.
+pub fn before_recovery() {
+    let data_dir = postgres::data_directory();
+    let system_id = postgres::system_id();
+    if ["standby.signal", "recovery.signal"]
+        .iter()
+        .any(|name| data_dir.join(name).exists())
+    {
+        return forget_reigns(system_id);
+    }
+    let settings = settings();
+    let control = postgres::ControlFile::read();
+    let local = load_local_history(&data_dir, system_id);
+    if settings::start_without_quorum() {
+        return start_alone(&control, local);
+    }
+    let candidate = Candidate::new(job(&settings, &control, local));
+    match run(candidate) {
+        FromCandidate::NothingToRecover => {
+            postgres::log("the safekeepers hold no WAL of this cluster yet");
+        }
+        FromCandidate::Won {
+            won,
+            completed,
+            is_beyond_checkpoint,
+        } => {
+            if completed > 0 {
+                postgres::log(format!(
+                    "{completed} bytes of WAL that the local disk had lost were fetched from the safekeepers"
+                ));
+            }
+            // After a clean stop nothing is recovered unless the control file says otherwise; and
+            // then WAL behind the shutdown checkpoint would be written over.
+            if is_beyond_checkpoint && control.is_shut_down() {
+                control.set_in_production();
+            }
+            postgres::log(format!("the start was elected in term {}", won.term));
+            shmem::hand_over(&won);
+            shmem::close_gate();
+        }
+        FromCandidate::Refused { reason, hint } => postgres::fatal(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("this server must not start as a primary: {reason}"),
+            &hint,
+        ),
+        FromCandidate::Failed(reason) => postgres::fatal(
+            PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
+            format!("could not ask the safekeepers before recovery: {reason}"),
+            "",
+        ),
+        FromCandidate::Log(_) => unreachable!("logged while waiting"),
+    }
+}
+
+/// A standby's WAL is another server's: a history that came with a base backup, or is its own from
+/// before, would lend it a rank that it has not (W7).
+fn forget_reigns(system_id: u64) {
+    let data_dir = postgres::data_directory();
+    let local = load_local_history(&data_dir, system_id);
+    if local.history.is_empty() && local.unled_from.is_none() {
+        return;
+    }
+    let void = LocalHistory {
+        history: Default::default(),
+        unled_from: None,
+        ..local
+    };
+    store(&void, system_id);
+}
+
+/// The loud override. What is written from here on is no quorum's, until one says so.
+fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
+    let end = local_end(control);
+    let unled_from = local
+        .unled_from
+        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
+    let unled = LocalHistory {
+        unled_from: Some(unled_from),
+        ..local
+    };
+    store(&unled, control.system_id);
+    postgres::warning(
+        format!(
+            "walproposer.start_without_quorum is on: starting without asking the safekeepers; WAL from {unled_from} \
+             on is led by no term, and commits that the safekeepers hold beyond it are not here"
+        ),
+        "Switch it off again. If the safekeepers hold more, this server can never lead again.",
+    );
+}
+
+fn store(local: &LocalHistory, system_id: u64) {
+    if let Err(error) = local_history::store(&postgres::data_directory(), system_id, local) {
+        postgres::fatal(PgSqlErrorCode::ERRCODE_IO_ERROR, error.to_string(), "");
+    }
+}
+
+fn wal_format(system_id: u64) -> WalFormat {
+    WalFormat {
+        version: PgVersion::from_version_num(pg_sys::PG_VERSION_NUM)
+            .expect("built for a version that is known"),
+        segment_size: SegmentSize::new(postgres::wal_segment_size())
+            .expect("Postgres has checked its own segment size"),
+        system_id,
+    }
+}
+
+fn local_end(control: &postgres::ControlFile) -> LocalEnd {
+    let pg_wal = postgres::data_directory().join("pg_wal");
+    let (timelines, _) = load_timelines(&pg_wal, control.tli);
+    let found = local_end::find(
+        &pg_wal,
+        wal_format(control.system_id),
+        timelines,
+        control.redo_lsn,
+        control.checkpoint_lsn,
+    );
+    found.unwrap_or_else(|error| {
+        postgres::fatal(PgSqlErrorCode::ERRCODE_IO_ERROR, error.to_string(), "")
+    })
+}
+
+fn job(
+    settings: &Settings,
+    control: &postgres::ControlFile,
+    local: LocalHistory,
+) -> candidate::Job {
+    let data_dir = postgres::data_directory();
+    let pg_wal = data_dir.join("pg_wal");
+    let (timelines, timeline_files) = load_timelines(&pg_wal, control.tli);
+    let end = local_end(control);
+    let format = wal_format(control.system_id);
+    let user = settings.conninfo.user.clone();
+    let user = user.unwrap_or_else(postgres::os_user);
+    let timeout = settings.conninfo.connect_timeout;
+    let dials = settings.safekeepers.iter().map(|address| Dial {
+        address: address.clone(),
+        user: user.clone(),
+        timeout,
+    });
+    candidate::Job {
+        log: LocalLog {
+            history: local.history.clone(),
+            tli: Tli(control.tli),
+            end_lsn: end.end_lsn,
+            unled_from: unled_from(&local, &timelines, format.segment_size),
+            timeline_files,
+            configuration: local.configuration.clone(),
+        },
+        settings: ProposerSettings {
+            proposer_id: local.proposer_id,
+            cluster: ClusterIdentity {
+                system_id: control.system_id,
+                name: settings.cluster_name.clone(),
+                pg_major: format.version.major(),
+                segment_size: format.segment_size.bytes(),
+            },
+            peers: settings.safekeepers.clone(),
+            member_timeout_ms: u64::try_from(settings.member_timeout.as_millis())
+                .unwrap_or(u64::MAX),
+            seed: postgres::random_u128() as u64,
+        },
+        dials: dials.collect(),
+        data_dir,
+        format,
+        timelines,
+        local,
+        end,
+    }
+}
+
+/// Forks the candidate and waits for its last word. Logs what it says before.
+fn run(candidate: Candidate) -> FromCandidate {
+    let (reader, writer) = match pipe() {
+        Ok(ends) => ends,
+        Err(error) => postgres::fatal(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+            format!("could not create a pipe: {error}"),
+            "",
+        ),
+    };
+    // SAFETY: the postmaster has one thread. What the child does is in `candidate.rs`; it leaves
+    // by `_exit`, so that no callback of Postgres's is run twice.
+    let pid = unsafe { libc::fork() };
+    match pid {
+        -1 => postgres::fatal(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+            format!("could not fork: {}", std::io::Error::last_os_error()),
+            "",
+        ),
+        0 => {
+            drop(reader);
+            candidate.run_and_exit(writer)
+        }
+        _ => drop(writer),
+    }
+    let child = Child(pid);
+    let outcome = listen(reader);
+    drop(child);
+    outcome
+}
+
+fn listen(reader: OwnedFd) -> FromCandidate {
+    let mut pipe = std::fs::File::from(reader);
+    let mut inbox = message::Inbox::default();
+    let started = Instant::now();
+    let timeout = settings::start_timeout();
+    loop {
+        match inbox.next() {
+            Ok(Some(FromCandidate::Log(text))) => {
+                postgres::log(text);
+                continue;
+            }
+            Ok(Some(last)) => return last,
+            Ok(None) => {}
+            Err(MessageError(what)) => return FromCandidate::Failed(what),
+        }
+        if stop_is_wanted() {
+            postgres::fatal(
+                PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN,
+                "stopped while waiting for the safekeepers",
+                "",
+            );
+        }
+        if timeout.is_some_and(|timeout| started.elapsed() >= timeout) {
+            postgres::fatal(
+                PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW,
+                "walproposer.start_timeout is over, and no quorum of the safekeepers was reached",
+                "Start the safekeepers; or, at the risk of losing commits, set walproposer.start_without_quorum.",
+            );
+        }
+        if is_readable(&pipe, POLL) {
+            let mut bytes = [0; 4096];
+            match pipe.read(&mut bytes) {
+                Ok(0) => return FromCandidate::Failed("it ended without a word".to_owned()),
+                Ok(n) => inbox.push(&bytes[..n]),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(error) => return FromCandidate::Failed(error.to_string()),
+            }
+        }
+    }
+}
+
+/// The candidate: killed, and reaped, on every way out.
+struct Child(libc::pid_t);
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // SAFETY: our own child, not reaped before.
+        unsafe {
+            libc::kill(self.0, libc::SIGKILL);
+            while libc::waitpid(self.0, std::ptr::null_mut(), 0) == -1
+                && *libc::__errno_location() == libc::EINTR
+            {}
+        }
+    }
+}
+
+fn pipe() -> std::io::Result<(OwnedFd, OwnedFd)> {
+    let mut ends = [0; 2];
+    // SAFETY: an array of two; on success both are descriptors that nobody else owns.
+    unsafe {
+        if libc::pipe2(ends.as_mut_ptr(), libc::O_CLOEXEC) != 0 {
+            return Err(std::io::Error::last_os_error());
+        }
+        Ok((OwnedFd::from_raw_fd(ends[0]), OwnedFd::from_raw_fd(ends[1])))
+    }
+}
+
+fn is_readable(pipe: &std::fs::File, timeout: Duration) -> bool {
+    let mut poll = libc::pollfd {
+        fd: pipe.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    let timeout_ms = i32::try_from(timeout.as_millis()).unwrap_or(i32::MAX);
+    // SAFETY: one descriptor, valid for as long as the call lasts.
+    unsafe { libc::poll(&mut poll, 1, timeout_ms) > 0 }
+}
+
+/// A stop signal is pending: they are blocked in the postmaster here.
+fn stop_is_wanted() -> bool {
+    let mut pending = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigpending fills the set.
+    unsafe {
+        if libc::sigpending(pending.as_mut_ptr()) != 0 {
+            return false;
+        }
+        let pending = pending.assume_init();
+        [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT]
+            .iter()
+            .any(|&signal| libc::sigismember(&pending, signal) == 1)
+    }
+}
