@@ -192,7 +192,7 @@ pub fn safekeepers_setting(addresses: impl IntoIterator<Item = SocketAddr>) -> S
 }
 
 /// From pg_controldata, so that the server need not run.
-fn system_id(postgres: &Postgres) -> u64 {
+pub fn system_id(postgres: &Postgres) -> u64 {
     let mut command = postgres.program("pg_controldata");
     command.arg(postgres.data()).env("LC_ALL", "C");
     let output = process::run_ok(command);
