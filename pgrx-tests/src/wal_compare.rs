@@ -6,7 +6,7 @@ use std::process::Command;
 use safekeeper_protocol::Lsn;
 use safekeeper_wal::end_of_log::SegmentFiles;
 use safekeeper_wal::history::TimelineHistory;
-use safekeeper_wal::segment_name::{SegmentSize, parse_segment_file_name};
+use safekeeper_wal::segment_name::{SegmentSize, parse_segment_file_name, segment_file_name};
 
 use crate::place::Programs;
 use crate::process::run;
@@ -119,8 +119,12 @@ impl WalDir {
     pub fn waldump(&self, begin: Lsn, end: Lsn) -> Result<(), String> {
         let mut command = Command::new(Programs::postgres("pg_waldump"));
         command.arg("--quiet").arg("--path").arg(&self.path);
-        command.args(["--timeline", &self.history.tli.to_string()]);
         command.args(["--start", &begin.to_string(), "--end", &end.to_string()]);
+        // It takes the size of segments from the file that is named, or else from any file there: one
+        // that was made ahead, by Postgres or by a safekeeper, has nothing to say.
+        let segno = begin.segno(self.segment_size.bytes());
+        let tli = self.history.tli_at(begin);
+        command.arg(segment_file_name(tli, segno, self.segment_size));
         match run(command) {
             (true, _) => Ok(()),
             (false, text) => Err(text),
