@@ -223,6 +223,7 @@ pub fn first_use(full: bool) -> Vec<Scope> {
         return vec![
             base(),
             Scope {
+                name: "first use, contradicting lists, no crash",
                 faults: Faults::default(),
                 term_max: 3,
                 ..contradicting()
@@ -262,6 +263,7 @@ pub fn joint(full: bool) -> Vec<Scope> {
     };
     if !full {
         return vec![Scope {
+            name: "joint {1,2} and {2,3}, terms to 2",
             term_max: 2,
             ..base()
         }];

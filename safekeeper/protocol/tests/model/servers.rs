@@ -176,9 +176,6 @@ impl Run<'_> {
             }
             ProposerAction::NothingToRecover => {
                 self.stop_worker(server);
-                if self.world.servers[server].standby {
-                    return;
-                }
                 self.world.servers[server].edit().up = true;
                 return self.start(server);
             }

@@ -153,16 +153,20 @@ pub fn changes(full: bool) -> Vec<Scope> {
             ..one_by_one()
         },
         Scope {
-            n_servers: if full { 2 } else { 1 },
+            name: "members {1,2} to {2,3} or {1,3}, one server",
+            n_servers: 1,
             ..pairs()
         },
         Scope {
-            n_servers: if full { 2 } else { 1 },
+            name: "wiped member is replaced by itself, one server",
+            n_servers: 1,
             ..wiped()
         },
     ];
     if full {
         scopes.extend([
+            pairs(),
+            wiped(),
             late(),
             half_begun(),
             two_second_generations(),

@@ -124,6 +124,7 @@ pub fn without_a_term(full: bool) -> Vec<Scope> {
         return vec![
             by_hand(),
             Scope {
+                name: "start by override, a rival, terms to 2",
                 term_max: 2,
                 ..alone()
             },
@@ -182,13 +183,16 @@ pub fn handed_over(full: bool) -> Vec<Scope> {
         return vec![
             base(),
             Scope {
+                name: "term handed over, a rival, terms to 2",
                 term_max: 2,
                 ..rival()
             },
         ];
     }
     vec![
+        base(),
         Scope {
+            name: "term handed over, crashes, terms to 4, 2 entries",
             entries_max: 2,
             term_max: 4,
             faults: Faults {
