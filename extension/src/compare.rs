@@ -5,7 +5,8 @@
 
 use safekeeper_protocol::{Compared, Lsn, PeerIdx, Term};
 
-use crate::donor::{Donor, DonorEvent};
+use crate::donor::{Donor, DonorEvent, DonorRequest};
+use crate::threads::Waker;
 use crate::wal_source::{WalRead, WalSource};
 
 /// What the proposer asked to compare, as far as it is kept.
@@ -35,9 +36,28 @@ pub enum ComparisonEvent {
 }
 
 impl Comparison {
-    /// `donor` reads the stretch.
-    pub fn new(donor: Donor, stretch: Stretch) -> Comparison {
-        Comparison { donor, stretch }
+    /// Asks the donor for as much of the stretch as is kept here; `Err` is the outcome if there is
+    /// nothing to ask for, or nobody to ask.
+    pub fn begin(
+        stretch: Stretch,
+        source: &WalSource,
+        waker: Waker,
+        request: impl FnOnce(Stretch) -> DonorRequest,
+    ) -> Result<Comparison, Compared> {
+        let unavailable = |reason: String| Compared::Unavailable { reason };
+        let oldest_lsn = source
+            .oldest_lsn(stretch.end_lsn)
+            .map_err(|error| unavailable(format!("could not list pg_wal: {error}")))?;
+        let stretch = Stretch {
+            begin_lsn: stretch.begin_lsn.max(oldest_lsn),
+            ..stretch
+        };
+        if stretch.begin_lsn >= stretch.end_lsn {
+            return Err(Compared::Equal);
+        }
+        let donor = Donor::start(request(stretch), waker)
+            .map_err(|error| unavailable(error.to_string()))?;
+        Ok(Comparison { donor, stretch })
     }
 
     pub fn poll(&self, source: &mut WalSource) -> ComparisonEvent {

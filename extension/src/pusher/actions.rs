@@ -11,7 +11,7 @@ use safekeeper_wal::canonical_end;
 
 use super::{Pusher, thread_panicked};
 use crate::compare::{Comparison, ComparisonEvent, Stretch};
-use crate::donor::{Donor, DonorRequest};
+use crate::donor::DonorRequest;
 use crate::{local_history, postgres, shmem};
 
 impl Pusher {
@@ -59,12 +59,6 @@ impl Pusher {
                 self.proposer
                     .on_history_persisted(now_ms, &mut self.actions);
             }
-            // Only a new worker knows where the local log ends by now.
-            ProposerAction::StandAgain => postgres::error(
-                PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-                "the safekeepers' configuration changed; standing for election again",
-                "",
-            ),
             ProposerAction::Lead { term, start_lsn } => {
                 self.logged_wait.clear();
                 self.status.elected_at = postgres::timestamp();
@@ -157,29 +151,12 @@ impl Pusher {
         if postgres::flushed_lsn() < end_lsn {
             postgres::flush_wal(end_lsn);
         }
-        let oldest_lsn = match self.source.oldest_lsn(end_lsn) {
-            Ok(oldest_lsn) => oldest_lsn,
-            Err(error) => {
-                let reason = format!("could not list pg_wal: {error}");
-                return self.end_comparison(Compared::Unavailable { reason });
-            }
-        };
-        let begin_lsn = stretch.begin_lsn.max(oldest_lsn);
-        if begin_lsn >= end_lsn {
-            return self.end_comparison(Compared::Equal);
-        }
-        let request = self.donor_request(stretch.donor, stretch.term, begin_lsn, end_lsn);
-        match Donor::start(request, self.waker.clone()) {
-            Ok(donor) => {
-                let stretch = Stretch {
-                    begin_lsn,
-                    ..stretch
-                };
-                self.comparison = Some(Comparison::new(donor, stretch));
-            }
-            Err(error) => self.end_comparison(Compared::Unavailable {
-                reason: error.to_string(),
-            }),
+        let begun = Comparison::begin(stretch, &self.source, self.waker.clone(), |part| {
+            self.donor_request(part.donor, part.term, part.begin_lsn, part.end_lsn)
+        });
+        match begun {
+            Ok(comparison) => self.comparison = Some(comparison),
+            Err(outcome) => self.end_comparison(outcome),
         }
     }
 

@@ -351,7 +351,6 @@ impl Campaign {
             ProposerAction::Commit(_)
             | ProposerAction::Replay { .. }
             | ProposerAction::Promote { .. }
-            | ProposerAction::StandAgain
             | ProposerAction::Deposed { .. } => {}
         }
     }
@@ -414,27 +413,12 @@ impl Campaign {
     }
 
     fn begin_comparison(&mut self, stretch: Stretch) {
-        let end_lsn = stretch.end_lsn;
-        let unavailable = |reason: String| Compared::Unavailable { reason };
-        let begin_lsn = match self.source.oldest_lsn(end_lsn) {
-            Ok(oldest_lsn) => stretch.begin_lsn.max(oldest_lsn),
-            Err(error) => {
-                return self.end_comparison(unavailable(format!("could not list pg_wal: {error}")));
-            }
-        };
-        if begin_lsn >= end_lsn {
-            return self.end_comparison(Compared::Equal);
-        }
-        let request = self.donor_request(stretch.donor, stretch.term, begin_lsn, end_lsn);
-        match Donor::start(request, self.waker.clone()) {
-            Ok(donor) => {
-                let stretch = Stretch {
-                    begin_lsn,
-                    ..stretch
-                };
-                self.comparison = Some(Comparison::new(donor, stretch));
-            }
-            Err(error) => self.end_comparison(unavailable(error.to_string())),
+        let begun = Comparison::begin(stretch, &self.source, self.waker.clone(), |part| {
+            self.donor_request(part.donor, part.term, part.begin_lsn, part.end_lsn)
+        });
+        match begun {
+            Ok(comparison) => self.comparison = Some(comparison),
+            Err(outcome) => self.end_comparison(outcome),
         }
     }
 

@@ -81,8 +81,8 @@ pub enum ProposerAction {
         history: TermHistory,
         configuration: Configuration,
     },
-    /// No quorum was ever configured for this cluster: there is nothing to recover from it, nor a
-    /// standby of it to promote. Final for this proposer; a server that runs configures one.
+    /// No quorum was ever configured for this cluster: there is nothing to recover. Final for this
+    /// proposer; a server that runs configures one.
     NothingToRecover,
     /// Wait until the standby has replayed WAL up to `end_lsn`, where the quorum's log ends, and no
     /// further; then tell [`Proposer::on_replayed`](crate::Proposer::on_replayed). A standby that
@@ -97,9 +97,6 @@ pub enum ProposerAction {
     Commit(Lsn),
     /// May not lead, or not yet; the reason is for the log and the view. Asked again by `on_tick`.
     Wait(crate::WaitReason),
-    /// The reign is over without another's: members changed behind it. Final for this proposer;
-    /// the host starts a new one, with its log as it stands then.
-    StandAgain,
     /// Another proposer holds a higher term. Final.
     Deposed { term: Term },
 }

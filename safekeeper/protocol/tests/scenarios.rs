@@ -821,9 +821,6 @@ impl World {
                 ProposerAction::Wait(reason) => {
                     let _ = writeln!(self.out, "|   {name} waits: {reason}");
                 }
-                ProposerAction::StandAgain => {
-                    let _ = writeln!(self.out, "|   {name} stands again");
-                }
                 ProposerAction::Deposed { term } => {
                     let _ = writeln!(self.out, "|   {name} is deposed by term {term}");
                 }

@@ -174,7 +174,6 @@ impl Cluster {
                 let (server, proposer) = (idx, id);
                 self.at(in_ms, Event::Promoted { server, proposer });
             }
-            ProposerAction::StandAgain => self.restart_worker(idx),
             ProposerAction::Deposed { .. } => {
                 self.tally.add(Mark::Deposed);
                 if self.servers[idx].standby.is_some() {

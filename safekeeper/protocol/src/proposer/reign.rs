@@ -24,7 +24,7 @@ impl Proposer {
             return self.depose(term, out);
         }
         if version > self.configuration.version {
-            return self.on_later_configuration(version, now_ms, out);
+            return self.on_later_configuration(peer, version, now_ms, out);
         }
         if version < self.configuration.version {
             let configuration = self.configuration.clone();
@@ -126,7 +126,7 @@ impl Proposer {
             };
         }
         if response.configuration_version > self.configuration.version {
-            return self.on_later_configuration(response.configuration_version, now_ms, out);
+            return self.on_later_configuration(peer, response.configuration_version, now_ms, out);
         }
         let Some(link) = &mut self.links[peer.0] else {
             return;
@@ -254,14 +254,19 @@ impl Proposer {
     /// and will take nothing of that term any more. Ours takes its place, under our term.
     fn on_later_configuration(
         &mut self,
+        peer: PeerIdx,
         version: ConfigurationVersion,
         now_ms: u64,
         out: &mut Actions,
     ) {
-        if version.term < self.term && self.configuration.version.term < self.term {
+        if version.term < self.term {
             self.hand_out(self.configuration.clone(), now_ms, out);
         } else {
-            self.stand_again(out);
+            self.disconnect(
+                peer,
+                "holds a configuration of our term that we did not write",
+                out,
+            );
         }
     }
 
@@ -315,12 +320,6 @@ impl Proposer {
     pub(super) fn depose(&mut self, term: Term, out: &mut Actions) {
         self.end_reign(Phase::Deposed);
         out.push(ProposerAction::Deposed { term });
-    }
-
-    /// The members changed without us, in a term below ours that we did not see.
-    pub(super) fn stand_again(&mut self, out: &mut Actions) {
-        self.end_reign(Phase::Refused);
-        out.push(ProposerAction::StandAgain);
     }
 
     pub(super) fn end_reign(&mut self, phase: Phase) {

@@ -159,7 +159,6 @@ impl Run<'_> {
             }
             ProposerAction::Lead { term, .. } => return self.lead(server, term),
             ProposerAction::Commit(lsn) => return self.commit(server, place(lsn)),
-            ProposerAction::StandAgain => return self.stop_worker(server),
             ProposerAction::Deposed { .. } => {
                 self.stop_worker(server);
                 let node = self.world.servers[server].edit();
