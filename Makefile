@@ -25,7 +25,7 @@ mutations: ## break each rule on purpose; the tests must notice
 model: ## every order of events in small clusters; takes an hour or two
 	@scripts/model
 
-soak: ## SEEDS=100000 simulated clusters, fresh ones; takes hours
+soak: ## SEEDS=100000 simulated clusters from FIRST on; takes hours, can be resumed
 	@scripts/soak
 
 fuzz: ## search for bytes that a decoder does not survive, SECONDS_EACH=600

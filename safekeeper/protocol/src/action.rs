@@ -67,7 +67,8 @@ pub enum ProposerAction {
     },
     /// Append `begin_lsn..end_lsn` of the donor's log to the local one and fsync it, then tell
     /// [`Proposer::on_completed`](crate::Proposer::on_completed). Before recovery only. Stops at a
-    /// record's end if the donor fails.
+    /// record's end if the donor fails. Every record is checked before it counts: a donor whose disk
+    /// has decayed does not notice it in a record that is read in parts.
     Complete {
         donor: PeerIdx,
         term: Term,

@@ -437,11 +437,16 @@ impl Checker {
 fn begins_with_committed(term: Term, log: &Stretch, begin: Lsn, bytes: &[u8]) {
     let end = begin + bytes.len() as u64;
     assert!(
-        end <= log.end() && log.first_difference(begin, bytes).is_none(),
-        "committed_wal_is_never_lost: {end} was committed before term {term}, whose log ends at {} \
-         or differs",
+        end <= log.end(),
+        "committed_wal_is_never_lost: {end} was committed before term {term}, whose log ends at {}",
         log.end()
     );
+    if let Some(lsn) = log.first_difference(begin, bytes) {
+        panic!(
+            "committed_wal_is_never_lost: {end} was committed before term {term}, whose log holds \
+             another byte at {lsn}"
+        );
+    }
 }
 
 /// In a running process commit_lsn only grows.

@@ -74,6 +74,11 @@ impl Cluster {
             );
         }
         if reading.completes {
+            // A donor checks no record that is read in two parts, and its disk may have decayed.
+            self.servers[idx].data.find_end();
+            if self.servers[idx].data.end() < reading.end {
+                return self.donor_failed(idx, &reading);
+            }
             self.tally.add(Mark::CompletedFromQuorum);
             self.with_proposer(idx, |proposer, now_ms, out| {
                 proposer.on_completed(Completed::Whole, now_ms, out)

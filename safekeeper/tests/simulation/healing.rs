@@ -10,7 +10,7 @@ use safekeeper_protocol::Lsn;
 
 use super::checker::Event as Fact;
 use super::cluster::{Cluster, Event};
-use super::faults::Mark;
+use super::faults::{Fault, Mark};
 use super::network::NodeIdx;
 use super::node::Outcome;
 
@@ -24,6 +24,11 @@ impl Cluster {
         if progressed {
             self.tally.add(Mark::HealedWithoutRebuild);
         } else {
+            assert!(
+                !self.has_always_been_alone(),
+                "progress_within_a_bound: the only server there has ever been is locked out: {}",
+                self.describe()
+            );
             self.rebuild(bound_ms);
         }
         self.run(self.now_ms + bound_ms, Cluster::joint_is_left);
@@ -36,6 +41,16 @@ impl Cluster {
         for node in 0..self.nodes.len() {
             self.keep_disk_marks(node);
         }
+    }
+
+    /// One server, whose WAL was committed, and which wrote none against advice: nobody can have
+    /// written what it must not contradict.
+    fn has_always_been_alone(&self) -> bool {
+        let never = |fault| self.tally.count(Mark::Struck(fault)) == 0;
+        self.servers.len() == 1
+            && self.checker.committed_lsn().is_valid()
+            && never(Fault::StartedAlone)
+            && never(Fault::Rejoin)
     }
 
     fn end_all_faults(&mut self) {

@@ -5,7 +5,7 @@
 //! and sometimes gives the change up again. What interrupts a change is left to the other faults.
 
 use safekeeper_protocol::{
-    Configuration, ConfigurationVersion, Member, PeerAddress, PeerIdx, ProposerMessage,
+    Configuration, ConfigurationVersion, Lsn, Member, PeerAddress, PeerIdx, ProposerMessage,
 };
 
 use super::cluster::{Cluster, Event};
@@ -57,11 +57,14 @@ impl Cluster {
             return false;
         };
         let process = self.servers[idx].process.as_ref().expect("it leads");
-        let begin_lsn = process.commit_lsn;
-        let present = process.proposer.configuration().clone();
-        if !begin_lsn.is_valid() || present.new_members.is_some() {
+        if !process.commit_lsn.is_valid() {
             return false;
         }
+        let present = process.proposer.configuration().clone();
+        if present.new_members.is_some() {
+            return false;
+        }
+        let begin_lsn = self.oldest_wal(idx);
         let target = self.draw_members(&present.members);
         if target.is_empty() || !self.has_sound_majority(&target, None) {
             return false;
@@ -91,6 +94,17 @@ impl Cluster {
         }
         self.watch_change(idx);
         true
+    }
+
+    /// Where the WAL begins that can still be had: a new member's log begins there too, or else a
+    /// member that lags would have the less places to catch up from.
+    fn oldest_wal(&self, idx: ServerIdx) -> Lsn {
+        let sound = self.nodes.iter().filter(|node| !node.is_lost);
+        let kept = sound.filter_map(|node| Some(node.log()?.1));
+        let kept = kept.filter(|oldest_lsn| oldest_lsn.is_valid());
+        kept.chain([self.servers[idx].data.base])
+            .min()
+            .unwrap_or(Lsn::INVALID)
     }
 
     pub fn give_up_change(&mut self) -> bool {

@@ -88,7 +88,9 @@ enum Step {
 impl Proposer {
     /// Begins to change the members to `target`. Those that are new must be peers (see
     /// [`Self::add_peer`]), connected at some time. An empty log among them begins with the segment
-    /// that holds `begin_lsn`: WAL which the present members still keep.
+    /// that holds `begin_lsn`: the oldest WAL which the present members still keep. Later would do
+    /// for the log's safety, but what a member that lags still needs would then be on fewer of them,
+    /// and with the last of those that member is left behind for ever.
     pub fn change_members(
         &mut self,
         target: Vec<Member>,
