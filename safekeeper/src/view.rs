@@ -91,7 +91,8 @@ impl View {
             }
         }
         let content = history.to_string().into_bytes();
-        Some(TimelineFile { tli, content })
+        // The first timeline has no file.
+        (!history.ancestors.is_empty()).then_some(TimelineFile { tli, content })
     }
 
     /// None if `tli` is the newest; an error if it is not an ancestor of the newest.
@@ -243,5 +244,6 @@ mod tests {
         assert_eq!(text(&view, 5).as_deref(), Some(five));
         assert_eq!(text(&view, 2).as_deref(), Some("1\t0/20\tx\n"));
         assert_eq!(text(&view, 3), None);
+        assert_eq!(text(&view, 1), None);
     }
 }
