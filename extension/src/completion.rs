@@ -69,13 +69,15 @@ impl Completion {
         while let Some(event) = self.donor.poll() {
             match event {
                 DonorEvent::Chunk { begin_lsn, wal } => {
-                    if let Err(error) = self.decoder.feed(&wal) {
-                        return self.stop(format!("donor's WAL is damaged: {error}"));
-                    }
+                    // First, so that all that the decoder will have counted is there. What is
+                    // damaged lies behind the last whole record, and is written over.
                     if let Err(error) = self.append(begin_lsn, &wal) {
                         return CompletionEvent::Failed(format!(
                             "could not complete the local WAL at {begin_lsn}: {error}"
                         ));
+                    }
+                    if let Err(error) = self.decoder.feed(&wal) {
+                        return self.stop(format!("donor's WAL is damaged: {error}"));
                     }
                 }
                 DonorEvent::Done => return self.finish(),
@@ -180,4 +182,71 @@ impl Completion {
 
 fn failed_sync(error: &io::Error) -> CompletionEvent {
     CompletionEvent::Failed(format!("could not fsync the completed WAL: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crossbeam_channel::unbounded;
+    use safekeeper_wal::synthetic::WalBuilder;
+    use safekeeper_wal::{PgVersion, SegmentSize};
+
+    const START: Lsn = Lsn(3 << 20);
+
+    fn format() -> WalFormat {
+        WalFormat {
+            version: PgVersion::V15,
+            segment_size: SegmentSize::new(1 << 20).expect("a legal size"),
+            system_id: 7,
+        }
+    }
+
+    /// What the local log has of `wal`, up to `end`.
+    fn local(dir: &Path, wal: &WalBuilder, end: Lsn) -> Vec<u8> {
+        let read = |segno: u64| {
+            let name = segment_file_name(1, segno, format().segment_size);
+            std::fs::read(dir.join(name)).unwrap_or_default()
+        };
+        let mut bytes: Vec<u8> = (3..=end.0 >> 20).flat_map(read).collect();
+        bytes.truncate((end - wal.start()) as usize);
+        bytes
+    }
+
+    #[test]
+    fn what_is_counted_is_there_though_the_chunk_is_damaged() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut wal = WalBuilder::new(format(), 1, START);
+        wal.noop(100);
+        let whole = wal.noop(1_500_000);
+        let torn = wal.noop(5_000);
+        wal.noop(10);
+        let (end, mut sent) = (wal.position(), wal.bytes().to_vec());
+        sent[(torn.start_lsn - START) as usize + 3_000] ^= 1;
+        let begin = |wal: Vec<u8>, missing: Range<Lsn>| {
+            let (sender, events) = unbounded();
+            let begin_lsn = missing.start;
+            sender
+                .send(DonorEvent::Chunk { begin_lsn, wal })
+                .expect("received");
+            sender.send(DonorEvent::Done).expect("received");
+            let donor = Donor::that_says(events);
+            Completion::new(donor, dir.path(), format(), Tli(1), missing, None)
+        };
+        let mut completion = begin(sent, START..end);
+        let CompletionEvent::Ended(Completed::Partly { end_lsn, .. }) = completion.poll() else {
+            panic!("damage went unnoticed");
+        };
+        assert_eq!(end_lsn, whole.end_lsn);
+        let expected = &wal.bytes()[..(end_lsn - START) as usize];
+        assert_eq!(local(dir.path(), &wal, end_lsn), expected);
+
+        // Another donor goes on from there.
+        let mut completion = begin(wal.bytes_from(end_lsn).to_vec(), end_lsn..end);
+        let ended = completion.poll();
+        assert!(
+            matches!(ended, CompletionEvent::Ended(Completed::Whole)),
+            "{ended:?}"
+        );
+        assert_eq!(local(dir.path(), &wal, end), wal.bytes());
+    }
 }

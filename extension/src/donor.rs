@@ -86,6 +86,12 @@ impl Donor {
         Ok(Donor { events })
     }
 
+    /// One that says what a test wants.
+    #[cfg(test)]
+    pub fn that_says(events: Receiver<DonorEvent>) -> Donor {
+        Donor { events }
+    }
+
     /// What has come, if anything. After anything but a chunk nothing more comes.
     pub fn poll(&self) -> Option<DonorEvent> {
         match self.events.try_recv() {

@@ -38,8 +38,10 @@ pub fn unled_from(
     timelines: &TimelineHistory,
     segment_size: SegmentSize,
 ) -> Option<Lsn> {
-    let begun = timelines.begin(timelines.tli);
-    let by_hand = begun.filter(|_| local.history.is_empty());
+    // The oldest timeline begins nowhere.
+    let begun = timelines.begin(timelines.tli).filter(|lsn| lsn.is_valid());
+    let led = local.history.last().map(|reign| reign.tli);
+    let by_hand = begun.filter(|_| led < Some(Tli(timelines.tli)));
     let by_hand = by_hand.map(|lsn| canonical_end(lsn, segment_size));
     local.unled_from.into_iter().chain(by_hand).min()
 }

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use pgrx::{PgSqlErrorCode, pg_sys};
 use safekeeper_protocol::{
     ClusterIdentity, LocalLog, PeerAddress, PeerIdx, Proposer, ProposerAction, ProposerGreeting,
-    ProposerSettings, Standing, Term, Tli,
+    ProposerSettings, Standing, Term, Tli, WonTerm,
 };
 use safekeeper_wal::{PgVersion, SegmentSize, WalFormat, canonical_end};
 
@@ -145,7 +145,7 @@ impl Pusher {
         };
         let last_removed = postgres::last_removed_segno;
         let mut actions = Vec::new();
-        let proposer = match shmem::take_won_term() {
+        let proposer = match shmem::take_won_term().filter(|won| fits(won, &log)) {
             Some(won) => Proposer::elected(proposer_settings, log, won, 0, &mut actions),
             None => Proposer::new(proposer_settings, log, Standing::Running, 0),
         };
@@ -252,6 +252,23 @@ impl Pusher {
             self.wal_sender.on_reload();
         }
     }
+}
+
+/// Recovery has come to where the start has won its term, on the same timeline. If not, what it
+/// recovered is not the log that was elected: then an election tells whether it may lead.
+fn fits(won: &WonTerm, log: &LocalLog) -> bool {
+    let reign = won.history.last();
+    let fits = reign.is_some_and(|reign| log.end_lsn >= reign.start_lsn && log.tli == reign.tli);
+    if !fits {
+        postgres::warning(
+            format!(
+                "recovery ended at {} on timeline {}, which is not the log that was elected: {}",
+                log.end_lsn, log.tli, won.history
+            ),
+            "Sessions are held until the quorum has confirmed what was recovered.",
+        );
+    }
+    fits
 }
 
 fn millis(duration: Duration) -> u64 {

@@ -52,12 +52,12 @@ const POLL: Duration = Duration::from_millis(100);
 
 /// From `shmem_startup_hook`, when shared memory is laid out.
 pub fn before_recovery() {
+    // Blocked already on 15; later versions have handlers that only set a flag, which nobody would
+    // look at before the server has started.
+    let _blocked = StopSignalsBlocked::new();
     let data_dir = postgres::data_directory();
     let system_id = postgres::system_id();
-    if ["standby.signal", "recovery.signal"]
-        .iter()
-        .any(|name| data_dir.join(name).exists())
-    {
+    if is_standby() {
         return forget_reigns(system_id);
     }
     let settings = settings();
@@ -67,7 +67,24 @@ pub fn before_recovery() {
         return start_alone(&control, local);
     }
     let candidate = Candidate::new(job(&settings, &control, local));
-    match run(candidate) {
+    let last_word = match run(candidate) {
+        Outcome::Said(last_word) => last_word,
+        Outcome::StopWanted => postgres::fatal(
+            PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN,
+            "stopped while waiting for the safekeepers",
+            "",
+        ),
+        Outcome::TimedOut => postgres::fatal(
+            PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW,
+            "walproposer.start_timeout is over, and the safekeepers have not let this server start",
+            "Start the safekeepers; or, at the risk of losing commits, set walproposer.start_without_quorum.",
+        ),
+    };
+    // An administrator may have seen what it waits for, and decided.
+    if is_standby() {
+        return forget_reigns(system_id);
+    }
+    match last_word {
         FromCandidate::NothingToRecover => {
             postgres::log("the safekeepers hold no WAL of this cluster yet");
         }
@@ -104,6 +121,13 @@ pub fn before_recovery() {
     }
 }
 
+fn is_standby() -> bool {
+    let data_dir = postgres::data_directory();
+    ["standby.signal", "recovery.signal"]
+        .iter()
+        .any(|name| data_dir.join(name).exists())
+}
+
 /// A standby's WAL is another server's: a history that came with a base backup, or is its own from
 /// before, would lend it a rank that it has not (W7).
 fn forget_reigns(system_id: u64) {
@@ -131,6 +155,10 @@ fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
         ..local
     };
     store(&unled, control.system_id);
+    // An earlier start may have completed the log and not come to say so.
+    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
+        control.set_in_production();
+    }
     postgres::warning(
         format!(
             "walproposer.start_without_quorum is on: starting without asking the safekeepers; WAL from {unled_from} \
@@ -220,8 +248,16 @@ fn job(
     }
 }
 
-/// Forks the candidate and waits for its last word. Logs what it says before.
-fn run(candidate: Candidate) -> FromCandidate {
+/// How waiting for the candidate ended.
+enum Outcome {
+    Said(FromCandidate),
+    StopWanted,
+    TimedOut,
+}
+
+/// Forks the candidate and waits for its last word. Logs what it says before. The candidate is gone
+/// when this returns.
+fn run(candidate: Candidate) -> Outcome {
     let (reader, writer) = match pipe() {
         Ok(ends) => ends,
         Err(error) => postgres::fatal(
@@ -230,6 +266,8 @@ fn run(candidate: Candidate) -> FromCandidate {
             "",
         ),
     };
+    // SAFETY: asks for our own number.
+    let postmaster = unsafe { libc::getpid() };
     // SAFETY: the postmaster has one thread. What the child does is in `candidate.rs`; it leaves
     // by `_exit`, so that no callback of Postgres's is run twice.
     let pid = unsafe { libc::fork() };
@@ -241,7 +279,7 @@ fn run(candidate: Candidate) -> FromCandidate {
         ),
         0 => {
             drop(reader);
-            candidate.run_and_exit(writer)
+            candidate.run_and_exit(postmaster, writer)
         }
         _ => drop(writer),
     }
@@ -251,7 +289,8 @@ fn run(candidate: Candidate) -> FromCandidate {
     outcome
 }
 
-fn listen(reader: OwnedFd) -> FromCandidate {
+fn listen(reader: OwnedFd) -> Outcome {
+    let failed = |reason: String| Outcome::Said(FromCandidate::Failed(reason));
     let mut pipe = std::fs::File::from(reader);
     let mut inbox = message::Inbox::default();
     let started = Instant::now();
@@ -262,31 +301,24 @@ fn listen(reader: OwnedFd) -> FromCandidate {
                 postgres::log(text);
                 continue;
             }
-            Ok(Some(last)) => return last,
+            Ok(Some(last)) => return Outcome::Said(last),
             Ok(None) => {}
-            Err(MessageError(what)) => return FromCandidate::Failed(what),
+            Err(MessageError(what)) => return failed(what),
         }
+        // Neither is reported from here: FATAL does not return, and the candidate must end first.
         if stop_is_wanted() {
-            postgres::fatal(
-                PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN,
-                "stopped while waiting for the safekeepers",
-                "",
-            );
+            return Outcome::StopWanted;
         }
         if timeout.is_some_and(|timeout| started.elapsed() >= timeout) {
-            postgres::fatal(
-                PgSqlErrorCode::ERRCODE_CANNOT_CONNECT_NOW,
-                "walproposer.start_timeout is over, and no quorum of the safekeepers was reached",
-                "Start the safekeepers; or, at the risk of losing commits, set walproposer.start_without_quorum.",
-            );
+            return Outcome::TimedOut;
         }
         if is_readable(&pipe, POLL) {
             let mut bytes = [0; 4096];
             match pipe.read(&mut bytes) {
-                Ok(0) => return FromCandidate::Failed("it ended without a word".to_owned()),
+                Ok(0) => return failed("it ended without a word".to_owned()),
                 Ok(n) => inbox.push(&bytes[..n]),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-                Err(error) => return FromCandidate::Failed(error.to_string()),
+                Err(error) => return failed(error.to_string()),
             }
         }
     }
@@ -329,7 +361,35 @@ fn is_readable(pipe: &std::fs::File, timeout: Duration) -> bool {
     unsafe { libc::poll(&mut poll, 1, timeout_ms) > 0 }
 }
 
-/// A stop signal is pending: they are blocked in the postmaster here.
+const STOP_SIGNALS: [libc::c_int; 3] = [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT];
+
+/// Stop signals stay pending while this lives.
+struct StopSignalsBlocked(libc::sigset_t);
+
+impl StopSignalsBlocked {
+    fn new() -> StopSignalsBlocked {
+        let mut stop = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        let mut before = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: sigemptyset fills the one set, sigprocmask the other; the numbers are signals'.
+        unsafe {
+            libc::sigemptyset(stop.as_mut_ptr());
+            for signal in STOP_SIGNALS {
+                libc::sigaddset(stop.as_mut_ptr(), signal);
+            }
+            libc::sigprocmask(libc::SIG_BLOCK, stop.as_ptr(), before.as_mut_ptr());
+            StopSignalsBlocked(before.assume_init())
+        }
+    }
+}
+
+impl Drop for StopSignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: the mask as it was.
+        unsafe { libc::sigprocmask(libc::SIG_SETMASK, &self.0, std::ptr::null_mut()) };
+    }
+}
+
+/// A stop signal is pending.
 fn stop_is_wanted() -> bool {
     let mut pending = std::mem::MaybeUninit::<libc::sigset_t>::uninit();
     // SAFETY: sigpending fills the set.
@@ -338,7 +398,7 @@ fn stop_is_wanted() -> bool {
             return false;
         }
         let pending = pending.assume_init();
-        [libc::SIGTERM, libc::SIGINT, libc::SIGQUIT]
+        STOP_SIGNALS
             .iter()
             .any(|&signal| libc::sigismember(&pending, signal) == 1)
     }

@@ -228,10 +228,14 @@ unsafe extern "C-unwind" fn on_authentication(port: *mut Port, status: c_int) {
     if status != postgres::STATUS_OK || !shmem::is_there() {
         return;
     }
-    // SAFETY: a variable of this process, and the port that Postgres hands over.
+    // SAFETY: variables of this process, and the port that Postgres hands over. A WAL sender with a
+    // database can run queries.
     unsafe {
+        if !pg_sys::am_walsender || pg_sys::am_db_walsender {
+            gate::hold(port);
+        }
         if !pg_sys::am_walsender {
-            return gate::hold(port);
+            return;
         }
     }
     // SAFETY: Postgres hands over its own port; both texts are null or C strings.

@@ -229,8 +229,18 @@ fn a_start_is_refused_where_another_primary_has_reigned() {
     let term = |postgres: &Postgres| postgres.value("select term from pg_stat_walproposer");
     let reign = term(&second);
 
-    // All of its log is the quorum's: it can be a standby as it is.
-    let log = cluster.primary.start_refused();
+    // All of its log is the quorum's: it can be a standby as it is. The other one writes meanwhile.
+    let writing = std::sync::atomic::AtomicBool::new(true);
+    let log = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while writing.load(std::sync::atomic::Ordering::Relaxed) {
+                second.sql("insert into t values ('second')");
+            }
+        });
+        let log = cluster.primary.start_refused();
+        writing.store(false, std::sync::atomic::Ordering::Relaxed);
+        log
+    });
     for text in [
         "this server must not start as a primary",
         "ending at",

@@ -65,7 +65,9 @@ impl Pusher {
                 postgres::log(format!(
                     "elected in term {term}, which begins at {start_lsn}"
                 ));
-                // Whatever sessions could see by now was recovered, and lies below.
+                // Whatever sessions could see by now was recovered, and lies below. Only what is
+                // flushed is pushed.
+                postgres::flush_wal(postgres::insert_lsn());
                 let end_lsn = canonical_end(postgres::insert_lsn(), self.segment_size);
                 if shmem::set_gate(end_lsn) {
                     postgres::log(format!(

@@ -61,10 +61,15 @@ impl Candidate {
     }
 
     /// In the forked process: works, says its last word on `pipe`, and is gone.
-    pub fn run_and_exit(self, pipe: OwnedFd) -> ! {
+    pub fn run_and_exit(self, postmaster: libc::pid_t, pipe: OwnedFd) -> ! {
         // SAFETY: without it the process would outlive a killed postmaster, and keep its shared
-        // memory from being replaced.
-        unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        // memory from being replaced; and one that died before is nobody's parent any more.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            if libc::getppid() != postmaster {
+                libc::_exit(1);
+            }
+        }
         let mut pipe = File::from(pipe);
         // What the closure had in hand is not looked at again.
         let outcome = catch_unwind(AssertUnwindSafe(|| self.work(&mut pipe)));
@@ -111,8 +116,9 @@ struct Campaign {
     started: Instant,
     lines: Vec<String>,
     reminded: Instant,
-    /// Since when the same reason has been there for refusing.
-    doomed: Option<(Divergence, Instant)>,
+    /// Since when this log could not lead. By which log of the quorum changes while another primary
+    /// writes.
+    doomed: Option<Instant>,
     outcome: Option<FromCandidate>,
 }
 
@@ -342,6 +348,8 @@ impl Campaign {
             ProposerAction::NothingToRecover => {
                 self.outcome = Some(FromCandidate::NothingToRecover);
             }
+            // Told when it is the end; until then it would be told anew whenever the other writes.
+            ProposerAction::Wait(WaitReason::Diverged(_)) => {}
             ProposerAction::Wait(reason) => {
                 self.lines
                     .push(format!("waiting before recovery: {reason}"));
@@ -362,14 +370,12 @@ impl Campaign {
         }
         let reason = self.proposer.wait_reason().cloned();
         match reason {
-            Some(WaitReason::Diverged(divergence)) => match &self.doomed {
-                Some((before, since)) if *before == divergence => {
-                    if since.elapsed() >= LAST_CHANCE {
-                        self.refuse(divergence.to_string(), advice(&divergence));
-                    }
+            Some(WaitReason::Diverged(divergence)) => {
+                let since = *self.doomed.get_or_insert_with(Instant::now);
+                if since.elapsed() >= LAST_CHANCE {
+                    self.refuse(divergence.to_string(), advice(&divergence));
                 }
-                _ => self.doomed = Some((divergence, Instant::now())),
-            },
+            }
             Some(reason @ WaitReason::BytesDiffer { .. }) => {
                 self.refuse(reason.to_string(), OTHER_BYTES.to_owned());
             }
