@@ -128,7 +128,8 @@ impl<'a> Turn<'a> {
             .expect("only a Write can be refused, and a flush asks for none");
     }
 
-    /// In order; what comes after one that is refused is dropped.
+    /// In order; what comes after one that is refused is dropped. But for one thing: commit_lsn has
+    /// moved in the acceptor, which will not ask for it again, and is true whatever was refused.
     fn carry_out(
         &mut self,
         wal: &[u8],
@@ -139,6 +140,11 @@ impl<'a> Turn<'a> {
             .drain(..)
             .try_for_each(|action| self.carry_out_one(action, wal, replies));
         self.held.actions = actions;
+        if result.is_err() {
+            let commit_lsn = self.held.acceptor.commit_lsn();
+            self.keeper.commit_lsn.advance(commit_lsn.0);
+            self.keeper.consumers.wake();
+        }
         result
     }
 

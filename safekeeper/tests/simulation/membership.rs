@@ -64,7 +64,7 @@ impl Cluster {
         if present.new_members.is_some() {
             return false;
         }
-        let begin_lsn = self.oldest_wal(idx);
+        let begin_lsn = self.kept_by_all(&present.members);
         let target = self.draw_members(&present.members);
         if target.is_empty() || !self.has_sound_majority(&target, None) {
             return false;
@@ -96,15 +96,20 @@ impl Cluster {
         true
     }
 
-    /// Where the WAL begins that can still be had: a new member's log begins there too, or else a
-    /// member that lags would have the less places to catch up from.
-    fn oldest_wal(&self, idx: ServerIdx) -> Lsn {
-        let sound = self.nodes.iter().filter(|node| !node.is_lost);
-        let kept = sound.filter_map(|node| Some(node.log()?.1));
-        let kept = kept.filter(|oldest_lsn| oldest_lsn.is_valid());
-        kept.chain([self.servers[idx].data.base])
-            .min()
-            .unwrap_or(Lsn::INVALID)
+    /// From here on every sound member has the WAL, and keeps it for those who will be members: a
+    /// new one's log begins here. One whose log ends below must be made anew first, or it could
+    /// become a member and never catch up.
+    fn kept_by_all(&self, present: &[Member]) -> Lsn {
+        let nodes = self.nodes.iter().filter(|node| !node.is_lost);
+        let members = nodes.filter(|node| present.iter().any(|member| is_of(member, node)));
+        let kept = members.filter_map(|node| Some(node.log()?.1));
+        kept.max().unwrap_or(Lsn::INVALID)
+    }
+
+    fn can_catch_up(&self, member: &Member, from: Lsn) -> bool {
+        let node = self.nodes.iter().find(|node| is_of(member, node));
+        let end = node.and_then(Node::log).map(|(_, _, flush_lsn)| flush_lsn);
+        end.is_none_or(|end| !end.is_valid() || end >= from)
     }
 
     pub fn give_up_change(&mut self) -> bool {
@@ -185,6 +190,7 @@ impl Cluster {
             .iter()
             .filter(|member| !present.iter().any(|other| other.is_same(member)))
             .filter(|member| self.is_sound(member))
+            .filter(|member| self.can_catch_up(member, self.kept_by_all(present)))
             .cloned()
             .collect();
         let mut target = present.to_vec();
@@ -205,7 +211,7 @@ impl Cluster {
                 target.remove(out);
             }
             (5, _) => {
-                target = all;
+                target.extend(strangers);
                 target.retain(|_| self.random.chance(600));
                 target.truncate(MEMBERS_MAX);
             }
