@@ -398,6 +398,10 @@ impl WalStorage {
         self.preparation.forget()?;
         let (segno, offset) = (lsn.segno(size), lsn.segment_offset(size));
         if offset > 0 {
+            // The copy is durable when it has its name, and recovery would find the log's end by it;
+            // but while nothing of the new timeline stands behind the switch, it drops the copy and
+            // keeps the original. So that one must be durable before.
+            self.sync()?;
             let old = self.with_log(|log| log.reader().find(segno))?;
             let old = old.expect("the segment of the log's last byte is there");
             let source = self.segments().open(old)?;
