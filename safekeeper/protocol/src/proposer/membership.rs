@@ -68,6 +68,10 @@ pub(super) struct Change {
     step: Step,
     /// A learner whose log is empty begins it with the segment that holds this.
     begin_lsn: Lsn,
+    /// Learners must have WAL up to here to become members. Below, the others may have removed it
+    /// before there were learners; the segment of `commit_lsn` they had kept, and what comes after
+    /// it they keep for the learners too.
+    needed_lsn: Lsn,
     /// Safekeepers that have told, in this term, that they hold the present configuration.
     held_by: Vec<(MemberId, Incarnation)>,
 }
@@ -118,10 +122,12 @@ impl Proposer {
         if wanted == self.configuration {
             return Err(ChangeRefusal::NoChange);
         }
+        let segment_size = self.settings.cluster.segment_size;
         self.change = Some(Change {
             target,
             step: Step::Stamping { given_up: false },
             begin_lsn,
+            needed_lsn: self.commit_lsn.segment_start(segment_size),
             held_by: Vec::new(),
         });
         self.stamp(now_ms, out);
@@ -175,6 +181,7 @@ impl Proposer {
                 target,
                 step: Step::Stamping { given_up: false },
                 begin_lsn: Lsn::INVALID,
+                needed_lsn: Lsn::INVALID,
                 held_by: Vec::new(),
             });
             self.stamp(now_ms, out);
@@ -327,8 +334,10 @@ impl Proposer {
         next.has_quorum(|member| self.holds(member) && has_all(member))
     }
 
-    /// Every learner is so near that as a member it would not hold up commits for long.
+    /// Every learner is so near that as a member it would not hold up commits for long, and lacks
+    /// nothing that nobody has any more.
     fn learners_are_near(&self) -> bool {
+        let needed_lsn = self.change.as_ref().map(|change| change.needed_lsn);
         self.learners().all(|member| {
             let flushed = self.flushed(member.id, member.incarnation);
             let follows = |link: &Link| {
@@ -336,6 +345,7 @@ impl Proposer {
             };
             self.links.iter().flatten().any(follows)
                 && flushed.is_valid()
+                && Some(flushed) >= needed_lsn
                 && self.commit_lsn.saturating_distance_from(flushed) <= WINDOW
         })
     }
