@@ -120,11 +120,13 @@ impl WalDir {
         let mut command = Command::new(Programs::postgres("pg_waldump"));
         command.arg("--quiet").arg("--path").arg(&self.path);
         command.args(["--start", &begin.to_string(), "--end", &end.to_string()]);
-        // It takes the size of segments from the file that is named, or else from any file there: one
-        // that was made ahead, by Postgres or by a safekeeper, has nothing to say.
-        let segno = begin.segno(self.segment_size.bytes());
-        let tli = self.history.tli_at(begin);
-        command.arg(segment_file_name(tli, segno, self.segment_size));
+        // It takes the size of segments from the first file that is named, or else from any file
+        // there: one that was made ahead, by Postgres or by a safekeeper, has nothing to say.
+        for lsn in [begin, Lsn(end.0 - 1)] {
+            let segno = lsn.segno(self.segment_size.bytes());
+            let tli = self.history.tli_at(lsn);
+            command.arg(segment_file_name(tli, segno, self.segment_size));
+        }
         match run(command) {
             (true, _) => Ok(()),
             (false, text) => Err(text),
