@@ -11,6 +11,8 @@
 //!   nor be undone. A second cancel, or the end of the session, ends this wait too; then it is
 //!   counted (`pg_stat_walproposer.waits_cancelled`), logged, and the client is warned.
 //!
+//! On a deposed primary that only reads, the first two are refused (`read_only.rs`).
+//!
 //! Autovacuum commits without waiting, as it does with any synchronous standby: nobody is told of
 //! its commits, and without a quorum it is needed most.
 
@@ -22,7 +24,7 @@ use pgrx::pg_sys::{BackendType, SyncCommitLevel, TransactionStmtKind, XactEvent}
 use pgrx::{pg_guard, pg_sys};
 use safekeeper_protocol::Lsn;
 
-use crate::{postgres, settings, shmem};
+use crate::{postgres, read_only, settings, shmem};
 
 /// From `_PG_init` in the postmaster; children inherit it.
 pub fn register() {
@@ -80,7 +82,9 @@ unsafe extern "C-unwind" fn on_command(
 unsafe extern "C-unwind" fn before_command(statement: *mut pg_sys::PlannedStmt) -> bool {
     // SAFETY: as the caller's.
     let ends_prepared = unsafe { ends_prepared_transaction(statement) };
+    read_only::enforce();
     if ends_prepared {
+        read_only::refuse_commit();
         raise_synchronous_commit();
     }
     ends_prepared
@@ -143,6 +147,9 @@ fn before_commit() {
     };
     if !has_xid || !is_session {
         return;
+    }
+    if wrote_wal {
+        read_only::refuse_commit();
     }
     raise_synchronous_commit();
     // One that wrote to temporary or unlogged tables only does not wait.

@@ -16,6 +16,7 @@
 //! | `wal_sender_slot` | the worker as the synchronous standby |
 //! | `slot` | the replication slot that keeps WAL |
 //! | `commit` | what happens in a committing backend |
+//! | `read_only` | a deposed primary that only reads |
 //! | `shmem`, `status` | what backends may see of the worker, and the functions behind the views |
 //! | `local_log` | what the data directory says of the local log |
 //! | `wait_set` | what the worker sleeps on |
@@ -46,6 +47,7 @@ mod peer;
 mod pgwire;
 mod postgres;
 mod pusher;
+mod read_only;
 mod settings;
 mod shmem;
 mod slot;
@@ -88,6 +90,7 @@ pub extern "C-unwind" fn _PG_init() {
     settings::check_configuration();
     shmem::register();
     commit::register();
+    read_only::register();
     wal_sender_slot::register_hook();
     worker::register();
 }

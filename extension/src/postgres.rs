@@ -26,8 +26,8 @@ pub type ClientAuthentication_hook_type =
 unsafe extern "C-unwind" {
     pub static mut ClientAuthentication_hook: ClientAuthentication_hook_type;
 
-    // pgrx wraps these; here the bare functions are needed. The last one, so that an ERROR in a
-    // command passes as it is.
+    // pgrx wraps these; here the bare functions are needed. The last two, so that an ERROR in a
+    // command or a query passes as it is.
     pub fn SignalHandlerForShutdownRequest(signal: c_int);
     pub fn SignalHandlerForConfigReload(signal: c_int);
     pub fn standard_ProcessUtility(
@@ -40,6 +40,7 @@ unsafe extern "C-unwind" {
         destination: *mut pg_sys::DestReceiver,
         completion: *mut pg_sys::QueryCompletion,
     );
+    pub fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, flags: c_int);
 }
 
 /// The fields of a client's connection up to the last one that we look at. (`libpq/libpq-be.h`)
@@ -121,6 +122,14 @@ fn report(level: PgLogLevel, code: PgSqlErrorCode, text: String, hint: &str) {
     } else {
         report.set_hint(hint).report(level);
     }
+}
+
+/// Stops the server as `pg_ctl stop -m immediate` does: sessions end where they are, nothing more
+/// is written. The postmaster does it when the signal reaches it, not before this returns.
+pub fn stop_server_immediately() {
+    // SAFETY: no memory is involved; the number is that of our parent, which can't be another
+    // process's while we run, since we die with it.
+    unsafe { libc::kill(pg_sys::PostmasterPid, libc::SIGQUIT) };
 }
 
 /// End of the WAL that is flushed here.

@@ -13,11 +13,13 @@
 //! election.
 //!
 //! The parts: `connections.rs` what comes in, `actions.rs` what the proposer wants done, `sending.rs`
-//! what goes out, `standing.rs` the replication slot and the views. Not here: signals, sleeping,
+//! what goes out, `standing.rs` the replication slot and the views, `deposed.rs` the end of a reign by
+//! another's. Not here: signals, sleeping,
 //! shutdown (`worker.rs`).
 
 mod actions;
 mod connections;
+mod deposed;
 mod sending;
 mod standing;
 
@@ -27,7 +29,7 @@ use std::time::{Duration, Instant};
 use pgrx::{PgSqlErrorCode, pg_sys};
 use safekeeper_protocol::{
     ClusterIdentity, LocalLog, PeerAddress, PeerIdx, Proposer, ProposerAction, ProposerGreeting,
-    ProposerSettings, Standing, Term, Tli, WonTerm,
+    ProposerSettings, Standing, Tli, WonTerm,
 };
 use safekeeper_wal::{PgVersion, SegmentSize, WalFormat, canonical_end};
 
@@ -78,7 +80,8 @@ pub struct Pusher {
     status: Box<Status>,
     /// The last reason for not leading that was logged.
     logged_wait: String,
-    deposed_by: Option<Term>,
+    /// Another primary reigns, or has reigned: how we know.
+    deposed: Option<String>,
 }
 
 /// One address of `walproposer.safekeepers`.
@@ -176,7 +179,7 @@ impl Pusher {
             started,
             status: Box::new(Status::EMPTY),
             logged_wait: String::new(),
-            deposed_by: None,
+            deposed: None,
         }
     }
 
@@ -251,6 +254,7 @@ impl Pusher {
         if self.is_streaming {
             self.wal_sender.on_reload();
         }
+        self.obey_on_deposed();
     }
 }
 

@@ -6,6 +6,7 @@
 //! | `waits_cancelled` | backends whose wait was cancelled | the view |
 //! | `wal_senders` | connections that are WAL senders | the next one |
 //! | the gate | postmaster, before recovery; worker | sessions that are being authenticated |
+//! | `read_only` | worker | every statement |
 //! | the won term | postmaster, before recovery | the worker, once |
 //! | [`Status`] | worker, under a lock, before it goes to sleep | the views |
 //!
@@ -14,7 +15,7 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use pgrx::{pg_guard, pg_sys};
 use safekeeper_protocol::{Configuration, Lsn, WonTerm};
@@ -126,6 +127,7 @@ struct Shared {
     wal_senders: AtomicI32,
     commit_moved: UnsafeCell<pg_sys::ConditionVariable>,
     gate: AtomicU64,
+    read_only: AtomicBool,
     /// Bytes of the won term; 0 if there is none, or it was taken.
     won_len: AtomicUsize,
     won: UnsafeCell<[u8; WON_LEN_MAX]>,
@@ -300,6 +302,17 @@ pub fn wait_for_gate() {
         }
         pg_sys::ConditionVariableCancelSleep();
     }
+}
+
+/// No transaction may write any more, or may again. By the worker.
+pub fn set_read_only(read_only: bool) {
+    if let Some(shared) = shared() {
+        shared.read_only.store(read_only, Ordering::Release);
+    }
+}
+
+pub fn is_read_only() -> bool {
+    shared().is_some_and(|shared| shared.read_only.load(Ordering::Acquire))
 }
 
 /// Is there shared memory, that is, was the library preloaded?
