@@ -19,6 +19,7 @@ pub mod place;
 pub mod poll;
 pub mod postgres;
 pub mod process;
+pub mod readers;
 pub mod safekeeper;
 pub mod wal_compare;
 

@@ -97,6 +97,10 @@ impl Postgres {
         }
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn data(&self) -> &Path {
         &self.data
     }
