@@ -97,6 +97,10 @@ impl Postgres {
         }
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn data(&self) -> &Path {
         &self.data
     }
@@ -276,6 +280,12 @@ impl Postgres {
     #[track_caller]
     pub fn flush_lsn(&self) -> Lsn {
         self.lsn("select pg_current_wal_flush_lsn()")
+    }
+
+    /// End of the WAL that this standby has replayed.
+    #[track_caller]
+    pub fn replay_lsn(&self) -> Lsn {
+        self.lsn("select coalesce(pg_last_wal_replay_lsn(), '0/0')")
     }
 
     /// One of Postgres's programs, told where this server is.
