@@ -73,7 +73,8 @@ impl Ledger {
                 config: primary.config(),
                 moves,
             };
-            self.clients.push(thread::spawn(move || client.write_rows()));
+            self.clients
+                .push(thread::spawn(move || client.write_rows()));
         }
     }
 
@@ -250,9 +251,7 @@ impl Connection {
 
     /// Whether the row was acknowledged.
     fn insert(&mut self, number: u64) -> Result<bool, postgres::Error> {
-        let term = self
-            .term
-            .map_or("null".to_owned(), |term| term.to_string());
+        let term = self.term.map_or("null".to_owned(), |term| term.to_string());
         let insert = format!("insert into ledger values ({number}, {term})");
         self.client.batch_execute(&insert)?;
         Ok(!self.warned.swap(false, Ordering::SeqCst))

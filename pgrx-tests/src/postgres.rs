@@ -282,6 +282,12 @@ impl Postgres {
         self.lsn("select pg_current_wal_flush_lsn()")
     }
 
+    /// End of the WAL that this standby has replayed.
+    #[track_caller]
+    pub fn replay_lsn(&self) -> Lsn {
+        self.lsn("select coalesce(pg_last_wal_replay_lsn(), '0/0')")
+    }
+
     /// One of Postgres's programs, told where this server is.
     pub fn program(&self, name: &str) -> Command {
         let mut command = Command::new(Programs::postgres(name));

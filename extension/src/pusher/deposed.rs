@@ -42,13 +42,14 @@ impl Pusher {
     pub(super) fn on_deposed(&mut self, by: Term) {
         let own = self.proposer.term();
         self.lose_reign(format!(
-            "another primary was elected in term {by}, this one was in term {own}"
+            "another server was elected in term {by}, this one was in term {own}"
         ));
     }
 
     /// Not elected, for this reason: because another has reigned since?
     pub(super) fn look_for_a_successor(&mut self, reason: &WaitReason) {
-        if self.deposed.is_some() || settings::start_without_quorum() {
+        let is_promoter = self.wal_sender.is_none();
+        if is_promoter || self.deposed.is_some() || settings::start_without_quorum() {
             return;
         }
         if let Some(how_we_know) = replaced(reason, &self.local.history) {
@@ -64,10 +65,6 @@ impl Pusher {
     }
 
     fn lose_reign(&mut self, how_we_know: String) {
-        postgres::warning(
-            format!("{how_we_know}: no commit is acknowledged here any more"),
-            "",
-        );
         self.deposed = Some(how_we_know);
         self.obey_on_deposed();
     }
@@ -77,6 +74,14 @@ impl Pusher {
         let Some(how_we_know) = &self.deposed else {
             return;
         };
+        if self.wal_sender.is_none() {
+            // A standby's promotion was overtaken by another one. It goes on being a standby.
+            return;
+        }
+        postgres::warning(
+            format!("{how_we_know}: no commit is acknowledged here any more"),
+            "",
+        );
         let setting = settings::on_deposed();
         shmem::set_read_only(setting == OnDeposed::ReadOnly);
         match setting {
