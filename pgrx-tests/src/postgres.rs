@@ -199,11 +199,18 @@ impl Postgres {
         self.process.as_ref().expect("the server does not run")
     }
 
-    /// How the server ended, or `None` while it runs.
+    /// Has it ended, or never been started?
     pub fn ended(&mut self) -> bool {
         self.process
             .as_mut()
             .is_none_or(|process| process.ended().is_some())
+    }
+
+    /// It has ended by itself: it may be started again.
+    #[track_caller]
+    pub fn take_ended(&mut self) {
+        assert!(self.ended(), "{} runs", self.name);
+        self.process = None;
     }
 
     pub fn reload(&self) {
