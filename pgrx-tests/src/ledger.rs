@@ -174,6 +174,9 @@ impl Shared {
     }
 }
 
+/// The server restarts, or is a standby yet: asking it a thousand times a second would not help it.
+const PAUSE: Duration = Duration::from_millis(20);
+
 struct Writer {
     shared: Arc<Shared>,
     server: Arc<str>,
@@ -189,8 +192,7 @@ impl Writer {
             let Some(connected) = &mut connection else {
                 connection = Connection::to(&self.config);
                 if connection.is_none() {
-                    // The server restarts; asking it a thousand times a second would not help it.
-                    thread::sleep(Duration::from_millis(50));
+                    thread::sleep(PAUSE);
                 }
                 continue;
             };
@@ -201,7 +203,10 @@ impl Writer {
                     .acknowledgements()
                     .push(self.acknowledgement(number, connected.term)),
                 Ok(false) => {}
-                Err(_) => connection = None,
+                Err(_) => {
+                    connection = None;
+                    thread::sleep(PAUSE);
+                }
             }
         }
     }
