@@ -214,9 +214,10 @@ impl Case {
         cluster.primary.sql("create table other (a int)");
         let ledger = Ledger::start(&cluster.primary, 4);
         let readers = Readers::start([&cluster.primary]);
+        cluster.primary.sql("insert into other values (1)");
         let mut in_the_middle = cluster.primary.client();
         in_the_middle
-            .batch_execute("insert into other values (1); begin; insert into other values (2)")
+            .batch_execute("begin; insert into other values (2)")
             .expect("the primary leads");
         cluster
             .primary
