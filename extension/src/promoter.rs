@@ -15,9 +15,10 @@
 //! a promotion by hand, it stands for election.
 //!
 //! Postgres chooses its new timeline by itself: the one after the newest history file that it finds.
-//! Numbers that were taken by promotions that died leave no file, so the promoter puts placeholders
-//! in their place, which name no ancestor and are therefore followed by nobody; they go when the
-//! timeline has begun, when the promotion is given up, and before the next start.
+//! Numbers that were taken by promotions that died have no file, so the promoter puts *placeholders*
+//! in their place, which name no ancestor and are therefore followed by nobody. Behind the newest
+//! real one they must not stay: a standby would take them for the newest timeline when it starts. So
+//! they go when the promotion is given up, and before the next start.
 //!
 //! What a crash leaves: a standby as before. A won term that nobody uses is an empty reign; the
 //! local history and the placeholders are void at the next start. After the end of recovery: a
@@ -30,7 +31,7 @@ use std::time::{Duration, Instant};
 
 use pgrx::{check_for_interrupts, pg_guard, pg_sys};
 use safekeeper_protocol::{Lsn, Tli};
-use safekeeper_wal::history_file_name;
+use safekeeper_wal::{GIVEN_UP, history_file_name, is_given_up, parse_history_file_name};
 
 use crate::local_log::forget_reigns;
 use crate::promotion::{self, Answer, Request, Wanted};
@@ -64,8 +65,6 @@ pub extern "C-unwind" fn walproposer_promoter_main(_arg: pg_sys::Datum) {
     promotion::open_board(unsafe { pg_sys::MyProcPid });
     publish_idle();
     serve();
-    // Somebody has ended recovery, ourselves or others.
-    remove_placeholders(&pg_wal());
     worker::end_for_good();
 }
 
@@ -260,10 +259,6 @@ impl Campaign {
     }
 }
 
-/// What a placeholder says. History files ignore such lines, so it names no ancestor.
-const PLACEHOLDER: &str =
-    "# walproposer: this timeline was begun by a promotion that was given up\n";
-
 /// Takes the timelines between `current` and `next` that have no history file.
 fn place_placeholders(pg_wal: &Path, current: u32, next: u32) -> std::io::Result<()> {
     for tli in current + 1..next {
@@ -273,7 +268,7 @@ fn place_placeholders(pg_wal: &Path, current: u32, next: u32) -> std::io::Result
             .create_new(true)
             .open(path)
         {
-            Ok(mut file) => std::io::Write::write_all(&mut file, PLACEHOLDER.as_bytes())?,
+            Ok(mut file) => std::io::Write::write_all(&mut file, GIVEN_UP.as_bytes())?,
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
@@ -281,19 +276,23 @@ fn place_placeholders(pg_wal: &Path, current: u32, next: u32) -> std::io::Result
     Ok(())
 }
 
-/// A file that can't be removed stays, and with it a number that is not used: no harm but to a
-/// standby's start, which tries again.
+/// Those behind the newest real history file. One that can't be removed stays, and the standby's
+/// start will say what is wrong.
 pub fn remove_placeholders(pg_wal: &Path) {
     let entries = std::fs::read_dir(pg_wal).into_iter().flatten().flatten();
-    for path in entries.map(|entry| entry.path()) {
-        let is_history = path.extension().is_some_and(|it| it == "history");
-        // A crash may have left a part of it.
-        let is_ours = || {
-            let text = std::fs::read(&path);
-            text.is_ok_and(|text| PLACEHOLDER.as_bytes().starts_with(&text))
-        };
-        if is_history && is_ours() {
-            let _ = std::fs::remove_file(&path);
+    let files = entries.filter_map(|entry| {
+        let tli = parse_history_file_name(entry.file_name().to_str()?)?;
+        let content = std::fs::read(entry.path()).ok()?;
+        Some((tli, is_given_up(&content), entry.path()))
+    });
+    let files: Vec<_> = files.collect();
+    let real = files
+        .iter()
+        .filter(|(_, is_placeholder, _)| !is_placeholder);
+    let newest = real.map(|(tli, ..)| *tli).max().unwrap_or(0);
+    for (tli, is_placeholder, path) in &files {
+        if *is_placeholder && *tli > newest {
+            let _ = std::fs::remove_file(path);
         }
     }
 }
@@ -311,27 +310,29 @@ mod tests {
     use safekeeper_wal::TimelineHistory;
 
     #[test]
-    fn placeholders_take_what_is_free_and_go_without_a_trace() {
+    fn placeholders_take_what_is_free_and_stay_only_below_a_real_file() {
         let dir = tempfile::tempdir().expect("a directory");
         let real = "1\t0/2000000\tno recovery target specified\n";
         std::fs::write(dir.path().join("00000003.history"), real).expect("written");
-        let names = || {
+        let tlis = || {
             let entries = std::fs::read_dir(dir.path()).expect("listed");
-            let mut names: Vec<_> = entries
-                .map(|entry| entry.expect("an entry").file_name())
+            let mut tlis: Vec<_> = entries
+                .filter_map(|entry| {
+                    parse_history_file_name(entry.expect("an entry").file_name().to_str()?)
+                })
                 .collect();
-            names.sort();
-            names
+            tlis.sort_unstable();
+            tlis
         };
-        place_placeholders(dir.path(), 1, 5).expect("written");
-        assert_eq!(
-            names(),
-            ["00000002.history", "00000003.history", "00000004.history"]
-        );
+        place_placeholders(dir.path(), 1, 6).expect("written");
+        assert_eq!(tlis(), [2, 3, 4, 5]);
         let text = std::fs::read_to_string(dir.path().join("00000002.history")).expect("read");
         let parsed = TimelineHistory::parse(2, &text).expect("a history file");
         assert!(parsed.ancestors.is_empty());
+        // Whatever a crash has left of one.
+        std::fs::write(dir.path().join("00000004.history"), &GIVEN_UP[..9]).expect("written");
+        std::fs::write(dir.path().join("00000005.history"), "").expect("written");
         remove_placeholders(dir.path());
-        assert_eq!(names(), ["00000003.history"]);
+        assert_eq!(tlis(), [2, 3]);
     }
 }

@@ -202,7 +202,7 @@ pub struct BackgroundCommit {
 }
 
 impl BackgroundCommit {
-    fn start(config: ::postgres::Config, statement: String) -> BackgroundCommit {
+    pub fn start(config: ::postgres::Config, statement: String) -> BackgroundCommit {
         let thread = std::thread::spawn(move || {
             config.connect(::postgres::NoTls)?.batch_execute(&statement)
         });

@@ -209,6 +209,11 @@ impl Postgres {
         self.process.as_ref().expect("the server does not run")
     }
 
+    /// It was started, and neither stopped nor killed.
+    pub fn is_started(&self) -> bool {
+        self.process.is_some()
+    }
+
     /// Has it ended, or never been started?
     pub fn ended(&mut self) -> bool {
         self.process
