@@ -45,7 +45,7 @@ use crate::connect::Dial;
 use crate::local_history::{self, LocalHistory};
 use crate::local_log::{load_local_history, load_timelines, unled_from};
 use crate::settings::{self, Settings, settings};
-use crate::{postgres, shmem};
+use crate::{fetch_settings, postgres, shmem};
 
 /// While the candidate works, a stop signal is looked for this often.
 const POLL: Duration = Duration::from_millis(100);
@@ -57,10 +57,11 @@ pub fn before_recovery() {
     let _blocked = StopSignalsBlocked::new();
     let data_dir = postgres::data_directory();
     let system_id = postgres::system_id();
+    let settings = settings();
+    leave_fetch_settings(&settings);
     if is_standby() {
         return forget_reigns(system_id);
     }
-    let settings = settings();
     let control = postgres::ControlFile::read();
     let local = load_local_history(&data_dir, system_id);
     if settings::start_without_quorum() {
@@ -119,6 +120,28 @@ pub fn before_recovery() {
         ),
         FromCandidate::Log(_) => unreachable!("logged while waiting"),
     }
+}
+
+/// A server that can't say it to its `restore_command` can run all the same.
+fn leave_fetch_settings(settings: &Settings) {
+    let stored = fetch_settings::store(
+        &postgres::data_directory(),
+        &settings.safekeepers,
+        &settings.cluster_name,
+        &user(settings),
+    );
+    if let Err(error) = stored {
+        postgres::warning(
+            format!("could not write file \"walproposer.toml\": {error}"),
+            "A restore_command that uses safekeeper fetch-wal must name the safekeepers with --from.",
+        );
+    }
+}
+
+/// As whom the safekeepers are asked.
+fn user(settings: &Settings) -> String {
+    let user = settings.conninfo.user.clone();
+    user.unwrap_or_else(postgres::os_user)
 }
 
 fn is_standby() -> bool {
@@ -209,8 +232,7 @@ fn job(
     let (timelines, timeline_files) = load_timelines(&pg_wal, control.tli);
     let end = local_end(control);
     let format = wal_format(control.system_id);
-    let user = settings.conninfo.user.clone();
-    let user = user.unwrap_or_else(postgres::os_user);
+    let user = user(settings);
     let timeout = settings.conninfo.connect_timeout;
     let dials = settings.safekeepers.iter().map(|address| Dial {
         address: address.clone(),
