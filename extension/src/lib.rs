@@ -12,6 +12,7 @@
 //! | `start` | before recovery: win a term, complete the local log, or refuse to start |
 //! | `gate` | sessions wait until the recovered WAL is on the quorum |
 //! | `worker` | the background worker: signals, sleeping, shutdown |
+//! | `promotion`, `promoter` | a standby is asked to become the primary, and does |
 //! | `pusher` | drives the proposer and the pipelines to the members |
 //! | `wal_sender_slot` | the worker as the synchronous standby |
 //! | `slot` | the replication slot that keeps WAL |
@@ -47,6 +48,8 @@ mod local_log;
 mod peer;
 mod pgwire;
 mod postgres;
+mod promoter;
+mod promotion;
 mod pusher;
 mod settings;
 mod shmem;

@@ -5,12 +5,25 @@ use std::fmt::Display;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use pgrx::PgSqlErrorCode;
+use pgrx::{PgSqlErrorCode, pg_sys};
 use safekeeper_protocol::{Configuration, Lsn, ProposerId, TermHistory, TimelineFile, Tli};
-use safekeeper_wal::{SegmentSize, TimelineHistory, canonical_end, history_file_name};
+use safekeeper_wal::{
+    PgVersion, SegmentSize, TimelineHistory, WalFormat, canonical_end, history_file_name,
+};
 
 use crate::local_history::{self, LocalHistory};
 use crate::postgres;
+
+/// What Postgres's WAL looks like here.
+pub fn wal_format() -> WalFormat {
+    WalFormat {
+        version: PgVersion::from_version_num(pg_sys::PG_VERSION_NUM)
+            .expect("built for a version that is known"),
+        segment_size: SegmentSize::new(postgres::wal_segment_size())
+            .expect("Postgres has checked its own segment size"),
+        system_id: postgres::system_id(),
+    }
+}
 
 /// The local history file, or what a server begins with that never led.
 pub fn load_local_history(data_dir: &Path, system_id: u64) -> LocalHistory {
@@ -28,6 +41,28 @@ pub fn load_local_history(data_dir: &Path, system_id: u64) -> LocalHistory {
             error.to_string(),
             "",
         ),
+    }
+}
+
+/// A standby's WAL is another server's: a history that came with a base backup, or is its own from
+/// before, or from a promotion that died, would lend it a rank that it has not (W7).
+pub fn forget_reigns() {
+    let local = load_local_history(&postgres::data_directory(), postgres::system_id());
+    if local.history.is_empty() && local.unled_from.is_none() {
+        return;
+    }
+    store_local_history(&LocalHistory {
+        history: TermHistory::default(),
+        unled_from: None,
+        ..local
+    });
+}
+
+/// On stable storage when it returns; else this process ends.
+pub fn store_local_history(local: &LocalHistory) {
+    let stored = local_history::store(&postgres::data_directory(), postgres::system_id(), local);
+    if let Err(error) = stored {
+        postgres::fatal(PgSqlErrorCode::ERRCODE_IO_ERROR, error.to_string(), "");
     }
 }
 

@@ -141,6 +141,64 @@ pub fn flush_wal(lsn: Lsn) {
     unsafe { pg_sys::XLogFlush(lsn.0) }
 }
 
+/// Has this server not ended recovery yet? A standby never has.
+pub fn in_recovery() -> bool {
+    // SAFETY: reads shared memory that every process is attached to.
+    unsafe { pg_sys::RecoveryInProgress() }
+}
+
+/// A place in the WAL of a timeline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Position {
+    pub lsn: Lsn,
+    pub tli: u32,
+}
+
+/// End of the last record that recovery has replayed.
+pub fn replayed() -> Position {
+    let mut tli = 0;
+    // SAFETY: reads shared memory; the pointer is valid.
+    let lsn = Lsn(unsafe { pg_sys::GetXLogReplayRecPtr(&mut tli) });
+    Position { lsn, tli }
+}
+
+/// End of the WAL that a standby has received and flushed since it last connected; 0/0 if none.
+pub fn received() -> Position {
+    let mut tli = 0;
+    // SAFETY: reads shared memory; a null pointer says that the chunk's start is not wanted.
+    let lsn = Lsn(unsafe { pg_sys::GetWalRcvFlushRecPtr(std::ptr::null_mut(), &mut tli) });
+    Position { lsn, tli }
+}
+
+/// Has somebody paused replay?
+pub fn replay_is_paused() -> bool {
+    // SAFETY: reads shared memory under its spinlock.
+    unsafe { pg_sys::GetRecoveryPauseState() != pg_sys::RecoveryPauseState::RECOVERY_NOT_PAUSED }
+}
+
+/// Ends recovery, as `pg_promote` does: by a file that the startup process looks for when the
+/// postmaster tells it to.
+pub fn end_recovery() -> std::io::Result<()> {
+    std::fs::write(data_directory().join("promote"), "")?;
+    // SAFETY: the postmaster's number is set in every child; SIGUSR1 makes it look for the file.
+    match unsafe { libc::kill(pg_sys::PostmasterPid, libc::SIGUSR1) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Wakes a process of this server from its latch; nothing happens if it is gone.
+pub fn wake(pid: i32) {
+    // SAFETY: looks for the process under a lock; its structure is never freed, and a latch that
+    // another process has by now is woken for nothing.
+    unsafe {
+        let process = pg_sys::BackendPidGetProc(pid);
+        if !process.is_null() {
+            pg_sys::SetLatch(&raw mut (*process).procLatch);
+        }
+    }
+}
+
 /// Timeline on which this server writes.
 pub fn insertion_tli() -> u32 {
     // SAFETY: reads shared memory; the worker runs after recovery only, as it demands.

@@ -12,31 +12,35 @@
 //! then the worker sleeps. Nothing here blocks, except for one fsync of the history file at an
 //! election.
 //!
+//! A standby that is to be promoted has one too, which brings the quorum to where its log ends and
+//! hands the won term to the worker (`promoter.rs`): it releases no commits and keeps no slot.
+//!
 //! The parts: `connections.rs` what comes in, `actions.rs` what the proposer wants done, `sending.rs`
-//! what goes out, `standing.rs` the replication slot and the views. Not here: signals, sleeping,
-//! shutdown (`worker.rs`).
+//! what goes out, `standing.rs` the replication slot and the views, `promotion.rs` what only a
+//! standby's does. Not here: signals, sleeping, shutdown (`worker.rs`).
 
 mod actions;
 mod connections;
+mod promotion;
 mod sending;
 mod standing;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use pgrx::{PgSqlErrorCode, pg_sys};
+use pgrx::PgSqlErrorCode;
 use safekeeper_protocol::{
-    ClusterIdentity, LocalLog, PeerAddress, PeerIdx, Proposer, ProposerAction, ProposerGreeting,
-    ProposerSettings, Standing, Term, Tli, WonTerm,
+    ClusterIdentity, LocalLog, Lsn, PeerAddress, PeerIdx, Proposer, ProposerAction,
+    ProposerGreeting, ProposerSettings, Standing, Term, Tli, WonTerm,
 };
-use safekeeper_wal::{PgVersion, SegmentSize, WalFormat, canonical_end};
+use safekeeper_wal::{WalFormat, canonical_end};
 
 use crate::compare::Comparison;
 use crate::connect::Dial;
 use crate::feed::Feed;
 use crate::lag::Lag;
 use crate::local_history::LocalHistory;
-use crate::local_log::{load_local_history, load_timelines, unled_from};
+use crate::local_log::{load_local_history, load_timelines, unled_from, wal_format};
 use crate::peer::Peer;
 use crate::postgres;
 use crate::settings::Settings;
@@ -47,20 +51,31 @@ use crate::wait_set::Socket;
 use crate::wal_sender_slot::{Positions, WalSenderSlot};
 use crate::wal_source::WalSource;
 
+use promotion::LastLook;
+
+pub use promotion::{PromotionStep, Replayed};
+
 pub struct Pusher {
     proposer: Proposer,
     members: Vec<Member>,
     source: WalSource,
     comparison: Option<Comparison>,
     actions: Vec<ProposerAction>,
+    /// What a standby has to do next to be promoted.
+    promotion_step: Option<PromotionStep>,
+    last_look: Option<LastLook>,
 
     greeting: ProposerGreeting,
     data_dir: PathBuf,
     local: LocalHistory,
     tli: u32,
-    segment_size: SegmentSize,
+    format: WalFormat,
+    /// Of a standby: its own log ended here when it was asked. What has come since is the quorum's,
+    /// on whatever timeline, and there to be had from the donors.
+    standby_end_lsn: Option<Lsn>,
 
-    wal_sender: WalSenderSlot,
+    /// None on a standby: no commit waits there.
+    wal_sender: Option<WalSenderSlot>,
     positions: Positions,
     /// Of the quorum: from the first time WAL goes out to its commit.
     lag: Lag,
@@ -91,37 +106,58 @@ struct Member {
 impl Pusher {
     /// Reads what the data directory says. Postgres has recovered and accepts writes.
     pub fn new(settings: &Settings, wal_sender: WalSenderSlot, waker: Waker) -> Pusher {
-        let system_id = postgres::system_id();
-        let segment_size = SegmentSize::new(postgres::wal_segment_size())
-            .expect("Postgres has checked its own segment size");
-        let version = PgVersion::from_version_num(pg_sys::PG_VERSION_NUM)
-            .expect("built for a version that is known");
+        let found = Found {
+            standing: Standing::Running,
+            tli: postgres::insertion_tli(),
+            end_lsn: postgres::insert_lsn(),
+        };
+        Pusher::with(settings, Some(wal_sender), waker, found)
+    }
+
+    /// On a standby, to promote it.
+    pub fn for_standby(settings: &Settings, waker: Waker) -> Pusher {
+        let (replayed, received) = (postgres::replayed(), postgres::received());
+        let tli = replayed.tli;
+        // What was received of a later timeline lies beyond the end of this one.
+        let received = Some(received.lsn).filter(|_| received.tli == tli);
+        let found = Found {
+            standing: Standing::Standby,
+            tli,
+            end_lsn: received.map_or(replayed.lsn, |lsn| lsn.max(replayed.lsn)),
+        };
+        Pusher::with(settings, None, waker, found)
+    }
+
+    fn with(
+        settings: &Settings,
+        wal_sender: Option<WalSenderSlot>,
+        waker: Waker,
+        found: Found,
+    ) -> Pusher {
+        let format = wal_format();
         let cluster = ClusterIdentity {
-            system_id,
+            system_id: format.system_id,
             name: settings.cluster_name.clone(),
-            pg_major: version.major(),
-            segment_size: segment_size.bytes(),
+            pg_major: format.version.major(),
+            segment_size: format.segment_size.bytes(),
         };
         let data_dir = postgres::data_directory();
-        let local = load_local_history(&data_dir, system_id);
-        let tli = postgres::insertion_tli();
+        let local = load_local_history(&data_dir, format.system_id);
+        let Found { standing, tli, .. } = found;
         let pg_wal = data_dir.join("pg_wal");
         let (timelines, timeline_files) = load_timelines(&pg_wal, tli);
-        let local_end_lsn = canonical_end(postgres::insert_lsn(), segment_size);
-        let format = WalFormat {
-            version,
-            segment_size,
-            system_id,
-        };
+        let local_end_lsn = canonical_end(found.end_lsn, format.segment_size);
         let log = LocalLog {
             history: local.history.clone(),
             tli: Tli(tli),
             end_lsn: local_end_lsn,
-            unled_from: unled_from(&local, &timelines, segment_size),
+            unled_from: match standing {
+                Standing::Standby => None,
+                _ => unled_from(&local, &timelines, format.segment_size),
+            },
             timeline_files,
             configuration: local.configuration.clone(),
         };
-        let started = Instant::now();
         let proposer_settings = ProposerSettings {
             proposer_id: local.proposer_id,
             cluster: cluster.clone(),
@@ -129,32 +165,24 @@ impl Pusher {
             member_timeout_ms: millis(settings.member_timeout),
             seed: random_u64(),
         };
-        let user = settings
-            .conninfo
-            .user
-            .clone()
-            .unwrap_or_else(postgres::os_user);
-        let member = |address: &PeerAddress| Member {
-            peer: Peer::new(Dial {
-                address: address.clone(),
-                user: user.clone(),
-                timeout: settings.conninfo.connect_timeout,
-            }),
-            feed: Feed::default(),
-            lag: Lag::default(),
+        let mut actions = Vec::new();
+        let won = match standing {
+            Standing::Running => shmem::take_won_term().filter(|won| fits(won, &log)),
+            _ => None,
+        };
+        let proposer = match won {
+            Some(won) => Proposer::elected(proposer_settings, log, won, 0, &mut actions),
+            None => Proposer::new(proposer_settings, log, standing, 0),
         };
         let last_removed = postgres::last_removed_segno;
-        let mut actions = Vec::new();
-        let proposer = match shmem::take_won_term().filter(|won| fits(won, &log)) {
-            Some(won) => Proposer::elected(proposer_settings, log, won, 0, &mut actions),
-            None => Proposer::new(proposer_settings, log, Standing::Running, 0),
-        };
         Pusher {
             proposer,
-            members: settings.safekeepers.iter().map(member).collect(),
+            members: members(settings),
             source: WalSource::new(pg_wal, format, timelines, local_end_lsn, last_removed),
             comparison: None,
             actions,
+            promotion_step: None,
+            last_look: None,
             greeting: ProposerGreeting {
                 proposer_id: local.proposer_id,
                 cluster,
@@ -162,7 +190,8 @@ impl Pusher {
             data_dir,
             local,
             tli,
-            segment_size,
+            format,
+            standby_end_lsn: (standing == Standing::Standby).then_some(local_end_lsn),
             wal_sender,
             positions: Positions::default(),
             lag: Lag::default(),
@@ -173,7 +202,7 @@ impl Pusher {
             slot_obstacle: String::new(),
             slot_due_ms: 0,
             waker,
-            started,
+            started: Instant::now(),
             status: Box::new(Status::EMPTY),
             logged_wait: String::new(),
             deposed_by: None,
@@ -248,10 +277,37 @@ impl Pusher {
     }
 
     pub fn on_reload(&self) {
-        if self.is_streaming {
-            self.wal_sender.on_reload();
+        if let Some(wal_sender) = self.wal_sender.as_ref().filter(|_| self.is_streaming) {
+            wal_sender.on_reload();
         }
     }
+
+    /// Local WAL can be sent up to here.
+    fn local_end_lsn(&self) -> Lsn {
+        self.standby_end_lsn.unwrap_or_else(postgres::flushed_lsn)
+    }
+}
+
+/// The local log as Postgres has it when a proposer begins.
+struct Found {
+    standing: Standing,
+    tli: u32,
+    end_lsn: Lsn,
+}
+
+fn members(settings: &Settings) -> Vec<Member> {
+    let user = settings.conninfo.user.clone();
+    let user = user.unwrap_or_else(postgres::os_user);
+    let member = |address: &PeerAddress| Member {
+        peer: Peer::new(Dial {
+            address: address.clone(),
+            user: user.clone(),
+            timeout: settings.conninfo.connect_timeout,
+        }),
+        feed: Feed::default(),
+        lag: Lag::default(),
+    };
+    settings.safekeepers.iter().map(member).collect()
 }
 
 /// Recovery has come to where the start has won its term, on the same timeline. If not, what it

@@ -6,7 +6,8 @@
 //! | `waits_cancelled` | backends whose wait was cancelled | the view |
 //! | `wal_senders` | connections that are WAL senders | the next one |
 //! | the gate | postmaster, before recovery; worker | sessions that are being authenticated |
-//! | the won term | postmaster, before recovery | the worker, once |
+//! | the won term | postmaster, before recovery; promoter | the worker, once |
+//! | [`Board`] | sessions that ask for a promotion; promoter | each other, under the lock |
 //! | [`Status`] | worker, under a lock, before it goes to sleep | the views |
 //!
 //! It is made anew when the server starts and after a crash-restart, and survives a restart of the
@@ -19,6 +20,7 @@ use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 use pgrx::{pg_guard, pg_sys};
 use safekeeper_protocol::{Configuration, Lsn, WonTerm};
 
+use crate::promotion::Board;
 use crate::start;
 
 const NAME: &CStr = c"walproposer";
@@ -32,7 +34,7 @@ pub struct Text<const N: usize> {
 }
 
 impl<const N: usize> Text<N> {
-    const EMPTY: Text<N> = Text {
+    pub const EMPTY: Text<N> = Text {
         len: 0,
         bytes: [0; N],
     };
@@ -129,7 +131,9 @@ struct Shared {
     /// Bytes of the won term; 0 if there is none, or it was taken.
     won_len: AtomicUsize,
     won: UnsafeCell<[u8; WON_LEN_MAX]>,
-    /// Guarded by the lock of tranche [`NAME`].
+    board_changed: UnsafeCell<pg_sys::ConditionVariable>,
+    /// Guarded, as `status`, by the lock of tranche [`NAME`].
+    board: UnsafeCell<Board>,
     status: UnsafeCell<Status>,
 }
 
@@ -204,7 +208,9 @@ unsafe extern "C-unwind" fn startup() {
         if !found {
             shared.cast::<u8>().write_bytes(0, size_of::<Shared>());
             (*shared).status.get().write(Status::EMPTY);
+            (*shared).board.get().write(Board::EMPTY);
             pg_sys::ConditionVariableInit((*shared).commit_moved.get());
+            pg_sys::ConditionVariableInit((*shared).board_changed.get());
         }
         SHARED.store(shared, Ordering::Relaxed);
     }
@@ -217,13 +223,15 @@ fn shared() -> Option<&'static Shared> {
     unsafe { SHARED.load(Ordering::Relaxed).as_ref() }
 }
 
-/// For the worker of this start. By the postmaster, which is alone then.
+/// For the worker that is to start: by the postmaster before recovery, when it is alone, or by the
+/// promoter at the end of it, for which the worker waits.
 pub fn hand_over(won: &WonTerm) {
     let bytes = start::encode_won(won);
     let Some(shared) = shared().filter(|_| bytes.len() <= WON_LEN_MAX) else {
         return;
     };
-    // SAFETY: no other process is attached yet; the length is checked.
+    // SAFETY: nobody else writes here at that time, nor reads while the length is 0, and it is
+    // checked.
     unsafe {
         shared
             .won
@@ -239,7 +247,7 @@ pub fn hand_over(won: &WonTerm) {
 pub fn take_won_term() -> Option<WonTerm> {
     let shared = shared()?;
     let len = shared.won_len.swap(0, Ordering::AcqRel).min(WON_LEN_MAX);
-    // SAFETY: written before there was another process, and never again.
+    // SAFETY: written before the length was, and not again while this server starts or promotes.
     let bytes = unsafe { std::slice::from_raw_parts(shared.won.get().cast::<u8>(), len) };
     if bytes.is_empty() {
         return None;
@@ -416,6 +424,51 @@ pub fn publish_stopped() {
     });
 }
 
+/// Looks at the board of promotions, or writes on it, under the lock. `None` if there is none.
+pub fn with_board<T>(act: impl FnOnce(&mut Board) -> T) -> Option<T> {
+    with_lock(pg_sys::LWLockMode::LW_EXCLUSIVE, |shared| {
+        // SAFETY: the lock is held exclusively.
+        act(unsafe { &mut *shared.board.get() })
+    })
+}
+
+/// Wakes those who wait for the board to change.
+pub fn tell_of_board() {
+    if let Some(shared) = shared() {
+        // SAFETY: initialised at startup, never moved.
+        unsafe { pg_sys::ConditionVariableBroadcast(shared.board_changed.get()) };
+    }
+}
+
+/// Sleeps until `question` has an answer, which is asked anew when the board has changed, and every
+/// `POLL_MS`; or until `timeout` is over. Can be cancelled as any query.
+pub fn wait_for_board<T>(
+    timeout: std::time::Duration,
+    mut question: impl FnMut() -> Option<T>,
+) -> Option<T> {
+    /// What the question looks at beside the board changes without a word.
+    const POLL_MS: i64 = 100;
+    let shared = shared()?;
+    let started = std::time::Instant::now();
+    let changed = shared.board_changed.get();
+    // SAFETY: initialised at startup, never moved. Prepared before the first look, so that no
+    // broadcast in between is lost; cancelled on every way out, by Postgres on errors.
+    unsafe {
+        pg_sys::ConditionVariablePrepareToSleep(changed);
+        let answer = loop {
+            if let Some(answer) = question() {
+                break Some(answer);
+            }
+            if started.elapsed() >= timeout {
+                break None;
+            }
+            pg_sys::ConditionVariableTimedSleep(changed, POLL_MS, pg_sys::PG_WAIT_EXTENSION);
+        };
+        pg_sys::ConditionVariableCancelSleep();
+        answer
+    }
+}
+
 /// What the worker has published last.
 pub fn status() -> Option<Box<Status>> {
     let mut copy = Box::new(Status::EMPTY);
@@ -427,14 +480,21 @@ pub fn status() -> Option<Box<Status>> {
 }
 
 fn with_status(mode: pg_sys::LWLockMode::Type, act: impl FnOnce(*mut Status)) -> Option<()> {
+    with_lock(mode, |shared| act(shared.status.get()))
+}
+
+fn with_lock<T>(
+    mode: pg_sys::LWLockMode::Type,
+    act: impl FnOnce(&'static Shared) -> T,
+) -> Option<T> {
     let shared = shared()?;
     // SAFETY: the tranche was requested with one lock; `act` copies and can't raise an error, and
     // an error would release the lock.
     unsafe {
         let lock = &raw mut (*pg_sys::GetNamedLWLockTranche(NAME.as_ptr())).lock;
         pg_sys::LWLockAcquire(lock, mode);
-        act(shared.status.get());
+        let result = act(shared);
         pg_sys::LWLockRelease(lock);
+        Some(result)
     }
-    Some(())
 }

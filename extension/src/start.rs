@@ -33,19 +33,20 @@ use std::io::Read;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use pgrx::{PgSqlErrorCode, pg_sys};
+use pgrx::PgSqlErrorCode;
 use safekeeper_protocol::{ClusterIdentity, LocalLog, ProposerSettings, Tli};
-use safekeeper_wal::{PgVersion, SegmentSize, WalFormat};
 
 use self::candidate::Candidate;
 use self::local_end::LocalEnd;
 use self::message::{FromCandidate, MessageError};
 pub use self::message::{decode_won, encode_won};
 use crate::connect::Dial;
-use crate::local_history::{self, LocalHistory};
-use crate::local_log::{load_local_history, load_timelines, unled_from};
+use crate::local_history::LocalHistory;
+use crate::local_log::{
+    forget_reigns, load_local_history, load_timelines, store_local_history, unled_from, wal_format,
+};
 use crate::settings::{self, Settings, settings};
-use crate::{fetch_settings, postgres, shmem};
+use crate::{fetch_settings, postgres, promoter, shmem};
 
 /// While the candidate works, a stop signal is looked for this often.
 const POLL: Duration = Duration::from_millis(100);
@@ -59,8 +60,9 @@ pub fn before_recovery() {
     let system_id = postgres::system_id();
     let settings = settings();
     leave_fetch_settings(&settings);
+    promoter::remove_placeholders(&data_dir.join("pg_wal"));
     if is_standby() {
-        return forget_reigns(system_id);
+        return forget_reigns();
     }
     let control = postgres::ControlFile::read();
     let local = load_local_history(&data_dir, system_id);
@@ -83,7 +85,7 @@ pub fn before_recovery() {
     };
     // An administrator may have seen what it waits for, and decided.
     if is_standby() {
-        return forget_reigns(system_id);
+        return forget_reigns();
     }
     match last_word {
         FromCandidate::NothingToRecover => {
@@ -144,27 +146,12 @@ fn user(settings: &Settings) -> String {
     user.unwrap_or_else(postgres::os_user)
 }
 
-fn is_standby() -> bool {
+/// It recovers to no end of its own: another server's WAL, or up to a point in time.
+pub fn is_standby() -> bool {
     let data_dir = postgres::data_directory();
     ["standby.signal", "recovery.signal"]
         .iter()
         .any(|name| data_dir.join(name).exists())
-}
-
-/// A standby's WAL is another server's: a history that came with a base backup, or is its own from
-/// before, would lend it a rank that it has not (W7).
-fn forget_reigns(system_id: u64) {
-    let data_dir = postgres::data_directory();
-    let local = load_local_history(&data_dir, system_id);
-    if local.history.is_empty() && local.unled_from.is_none() {
-        return;
-    }
-    let void = LocalHistory {
-        history: Default::default(),
-        unled_from: None,
-        ..local
-    };
-    store(&void, system_id);
 }
 
 /// The loud override. What is written from here on is no quorum's, until one says so.
@@ -177,7 +164,7 @@ fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
         unled_from: Some(unled_from),
         ..local
     };
-    store(&unled, control.system_id);
+    store_local_history(&unled);
     // An earlier start may have completed the log and not come to say so.
     if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
         control.set_in_production();
@@ -191,28 +178,12 @@ fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
     );
 }
 
-fn store(local: &LocalHistory, system_id: u64) {
-    if let Err(error) = local_history::store(&postgres::data_directory(), system_id, local) {
-        postgres::fatal(PgSqlErrorCode::ERRCODE_IO_ERROR, error.to_string(), "");
-    }
-}
-
-fn wal_format(system_id: u64) -> WalFormat {
-    WalFormat {
-        version: PgVersion::from_version_num(pg_sys::PG_VERSION_NUM)
-            .expect("built for a version that is known"),
-        segment_size: SegmentSize::new(postgres::wal_segment_size())
-            .expect("Postgres has checked its own segment size"),
-        system_id,
-    }
-}
-
 fn local_end(control: &postgres::ControlFile) -> LocalEnd {
     let pg_wal = postgres::data_directory().join("pg_wal");
     let (timelines, _) = load_timelines(&pg_wal, control.tli);
     let found = local_end::find(
         &pg_wal,
-        wal_format(control.system_id),
+        wal_format(),
         timelines,
         control.redo_lsn,
         control.checkpoint_lsn,
@@ -231,7 +202,7 @@ fn job(
     let pg_wal = data_dir.join("pg_wal");
     let (timelines, timeline_files) = load_timelines(&pg_wal, control.tli);
     let end = local_end(control);
-    let format = wal_format(control.system_id);
+    let format = wal_format();
     let user = user(settings);
     let timeout = settings.conninfo.connect_timeout;
     let dials = settings.safekeepers.iter().map(|address| Dial {

@@ -23,13 +23,13 @@ use std::time::{Duration, Instant};
 
 use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
 
-use crate::postgres;
 use crate::pusher::Pusher;
 use crate::settings::{self, settings};
 use crate::shmem::{self, Status};
-use crate::threads::waker;
+use crate::threads::{WakeReceiver, Waker, waker};
 use crate::wait_set::WaitSet;
 use crate::wal_sender_slot::{APPLICATION_NAME, WalSenderSlot, count_others};
+use crate::{postgres, promoter, start};
 
 const NAME: &CStr = c"walproposer";
 const ENTRY: &CStr = c"walproposer_main";
@@ -41,17 +41,26 @@ const POLL_MS: u64 = 50;
 
 /// From `_PG_init` in the postmaster.
 pub fn register() {
+    let when_recovered = pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished;
+    register_process(NAME, ENTRY, when_recovered);
+    if start::is_standby() {
+        let when_consistent = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
+        register_process(promoter::NAME, promoter::ENTRY, when_consistent);
+    }
+}
+
+fn register_process(name: &CStr, entry: &CStr, start: pg_sys::BgWorkerStartTime::Type) {
     let mut worker = pg_sys::BackgroundWorker {
         bgw_flags: (pg_sys::BGWORKER_SHMEM_ACCESS | pg_sys::BGWORKER_BACKEND_DATABASE_CONNECTION)
             as i32,
-        bgw_start_time: pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished,
+        bgw_start_time: start,
         bgw_restart_time: RESTART_SECONDS,
         ..Default::default()
     };
-    copy_name(&mut worker.bgw_name, NAME);
-    copy_name(&mut worker.bgw_type, NAME);
+    copy_name(&mut worker.bgw_name, name);
+    copy_name(&mut worker.bgw_type, name);
     copy_name(&mut worker.bgw_library_name, NAME);
-    copy_name(&mut worker.bgw_function_name, ENTRY);
+    copy_name(&mut worker.bgw_function_name, entry);
     // SAFETY: Postgres copies the structure.
     unsafe { pg_sys::RegisterBackgroundWorker(&mut worker) };
 }
@@ -74,14 +83,8 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
     let Some(wal_sender) = take_wal_sender_slot() else {
         end();
     };
-    let (waker, wake_receiver) = match waker() {
-        Ok(pair) => pair,
-        Err(error) => postgres::error(
-            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
-            format!("could not create a socket pair: {error}"),
-            "",
-        ),
-    };
+    let (waker, wake_receiver) = new_waker();
+    promoter::await_end();
     let mut wait_set = WaitSet::new(wake_receiver.fd());
     let mut pusher = Pusher::new(&settings, wal_sender, waker);
     let mut shutdown: Option<Instant> = None;
@@ -91,8 +94,8 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
         reset_latch();
         wake_receiver.clear();
         check_for_interrupts!();
-        if take_reload_request() {
-            reload(&pusher);
+        if take_reload() {
+            pusher.on_reload();
         }
         pusher.turn(&readable);
         if shutdown_requested() {
@@ -116,7 +119,18 @@ unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
     shmem::publish_stopped();
 }
 
-fn prepare_process() {
+/// For threads to wake a main loop by.
+pub fn new_waker() -> (Waker, WakeReceiver) {
+    waker().unwrap_or_else(|error| {
+        postgres::error(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+            format!("could not create a socket pair: {error}"),
+            "",
+        )
+    })
+}
+
+pub fn prepare_process() {
     // SAFETY: the first calls of a background worker, in the order Postgres expects. The handlers
     // are Postgres's own: they set a flag and the latch. Without a database, so that the worker
     // is listed in pg_stat_replication and holds no database up.
@@ -177,27 +191,26 @@ fn sleep(ms: u64) {
     }
 }
 
-fn reset_latch() {
+pub fn reset_latch() {
     // SAFETY: our own latch.
     unsafe { pg_sys::ResetLatch(pg_sys::MyLatch) };
 }
 
-fn take_reload_request() -> bool {
-    // SAFETY: a flag that a signal handler of this thread sets.
+/// Reads the configuration again if the postmaster has asked for it; whether it has.
+pub fn take_reload() -> bool {
+    // SAFETY: a flag that a signal handler of this thread sets; the file is read outside a
+    // transaction, as Postgres's own workers do it.
     unsafe {
         let pending = pg_sys::ConfigReloadPending != 0;
         pg_sys::ConfigReloadPending = 0;
+        if pending {
+            pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
+        }
         pending
     }
 }
 
-fn reload(pusher: &Pusher) {
-    // SAFETY: outside a transaction, as Postgres's own workers do it.
-    unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
-    pusher.on_reload();
-}
-
-fn shutdown_requested() -> bool {
+pub fn shutdown_requested() -> bool {
     // SAFETY: a flag that a signal handler of this thread sets.
     unsafe { pg_sys::ShutdownRequestPending != 0 }
 }
@@ -240,8 +253,14 @@ fn server_is_stopping() -> bool {
     })
 }
 
+/// Status 0, so that the postmaster does not.
+pub fn end_for_good() -> ! {
+    // SAFETY: as in `end`.
+    unsafe { pg_sys::proc_exit(0) }
+}
+
 /// Status 1, so that the postmaster starts it again.
-fn end() -> ! {
+pub fn end() -> ! {
     // SAFETY: runs Postgres's exit callbacks, which give back what we hold.
     unsafe { pg_sys::proc_exit(1) }
 }

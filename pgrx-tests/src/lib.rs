@@ -85,6 +85,37 @@ impl Cluster {
         self.wait_streaming(3);
     }
 
+    /// A hot standby made of a base backup of the primary, fed by any of the safekeepers.
+    #[track_caller]
+    pub fn start_standby(&self, name: &str) -> Postgres {
+        self.start_standby_of(&self.primary, name)
+    }
+
+    /// The same of any primary.
+    #[track_caller]
+    pub fn start_standby_of(&self, primary: &Postgres, name: &str) -> Postgres {
+        let mut standby = Postgres::base_backup_of(primary, &self.dir, name);
+        self.follow_safekeepers(&standby);
+        standby.start();
+        standby
+    }
+
+    /// From its next start on this server is a standby, fed by any of the safekeepers.
+    pub fn follow_safekeepers(&self, standby: &Postgres) {
+        let list = |part: fn(&Safekeeper) -> String| {
+            let parts: Vec<_> = self.safekeepers.iter().map(part).collect();
+            parts.join(",")
+        };
+        standby.configure(&format!(
+            "primary_conninfo = 'host={} port={} application_name={}'",
+            list(|s| s.address().ip().to_string()),
+            list(|s| s.address().port().to_string()),
+            standby.name(),
+        ));
+        standby.configure("wal_retrieve_retry_interval = '200ms'");
+        standby.touch("standby.signal");
+    }
+
     /// Waits until that many members are active in the view.
     #[track_caller]
     pub fn wait_streaming(&self, members: usize) {
@@ -165,7 +196,7 @@ pub struct BackgroundCommit {
 }
 
 impl BackgroundCommit {
-    fn start(config: ::postgres::Config, statement: String) -> BackgroundCommit {
+    pub fn start(config: ::postgres::Config, statement: String) -> BackgroundCommit {
         let thread = std::thread::spawn(move || {
             config.connect(::postgres::NoTls)?.batch_execute(&statement)
         });

@@ -97,6 +97,10 @@ impl Postgres {
         }
     }
 
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     pub fn data(&self) -> &Path {
         &self.data
     }
@@ -195,6 +199,11 @@ impl Postgres {
         self.process.as_ref().expect("the server does not run")
     }
 
+    /// It was started, and neither stopped nor killed.
+    pub fn is_started(&self) -> bool {
+        self.process.is_some()
+    }
+
     /// How the server ended, or `None` while it runs.
     pub fn ended(&mut self) -> bool {
         self.process
@@ -276,6 +285,12 @@ impl Postgres {
     #[track_caller]
     pub fn flush_lsn(&self) -> Lsn {
         self.lsn("select pg_current_wal_flush_lsn()")
+    }
+
+    /// End of the WAL that this standby has replayed.
+    #[track_caller]
+    pub fn replay_lsn(&self) -> Lsn {
+        self.lsn("select coalesce(pg_last_wal_replay_lsn(), '0/0')")
     }
 
     /// One of Postgres's programs, told where this server is.

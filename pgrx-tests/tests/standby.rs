@@ -7,7 +7,7 @@ use std::time::Duration;
 use cluster_tests::Cluster;
 use cluster_tests::place::{Programs, copy_tree};
 use cluster_tests::poll::{SOON, never_within, wait_until};
-use cluster_tests::postgres::{Postgres, Stop};
+use cluster_tests::postgres::Stop;
 use cluster_tests::process::{Process, spawn};
 use cluster_tests::safekeeper::Safekeeper;
 use cluster_tests::wal_compare::WalDir;
@@ -19,7 +19,7 @@ use safekeeper_protocol::Lsn;
 fn standby_and_pg_receivewal_follow_through_restarts() {
     let mut cluster = Cluster::start_with("wal_keep_size = '16GB'", &[]);
     let mut receiver = Receiver::new(&cluster, 0);
-    let standby = start_standby(&cluster);
+    let standby = cluster.start_standby("standby");
     cluster.primary.pgbench_init(5);
     let mut load = cluster.primary.pgbench_command(4, Duration::from_secs(30));
     load.stdout(Stdio::null()).stderr(Stdio::null());
@@ -37,7 +37,7 @@ fn standby_and_pg_receivewal_follow_through_restarts() {
     cluster.safekeepers[0].kill9();
     let lsn = cluster.primary.flush_lsn();
     wait_until("the standby goes on from another", SOON, || {
-        replayed(&standby) >= lsn
+        standby.replay_lsn() >= lsn
     });
     cluster.safekeepers[0].start();
     assert!(
@@ -46,7 +46,7 @@ fn standby_and_pg_receivewal_follow_through_restarts() {
     );
 
     let end = cluster.wait_all_caught_up(SOON);
-    wait_until("the standby has all", SOON, || replayed(&standby) >= end);
+    wait_until("the standby has all", SOON, || standby.replay_lsn() >= end);
     let sums = "select sum(abalance), (select count(*) from pgbench_history) from pgbench_accounts";
     assert_eq!(standby.sql(sums), cluster.primary.sql(sums));
     let begin = WalDir::new(standby.wal_dir()).begin();
@@ -66,9 +66,9 @@ fn consumers_never_get_what_is_not_committed() {
     let mut cluster = Cluster::start();
     cluster.primary.sql("create table t (a int)");
     let receiver = Receiver::new(&cluster, 0);
-    let standby = start_standby(&cluster);
+    let standby = cluster.start_standby("standby");
     let end = cluster.wait_all_caught_up(SOON);
-    wait_until("the standby follows", SOON, || replayed(&standby) >= end);
+    wait_until("the standby follows", SOON, || standby.replay_lsn() >= end);
 
     cluster.safekeepers[1].kill9();
     cluster.safekeepers[2].kill9();
@@ -97,32 +97,6 @@ fn consumers_never_get_what_is_not_committed() {
     wait_until("the standby sees it", SOON, || {
         standby.value("select count(*) from t") == "1000"
     });
-}
-
-/// A standby made of a base backup, fed by any safekeeper.
-fn start_standby(cluster: &Cluster) -> Postgres {
-    let mut standby = Postgres::base_backup_of(&cluster.primary, &cluster.dir, "standby");
-    let list = |part: fn(&Safekeeper) -> String| {
-        cluster
-            .safekeepers
-            .iter()
-            .map(part)
-            .collect::<Vec<_>>()
-            .join(",")
-    };
-    standby.configure(&format!(
-        "primary_conninfo = 'host={} port={} application_name=standby'",
-        list(|s| s.address().ip().to_string()),
-        list(|s| s.address().port().to_string()),
-    ));
-    standby.configure("wal_retrieve_retry_interval = '200ms'");
-    standby.touch("standby.signal");
-    standby.start();
-    standby
-}
-
-fn replayed(standby: &Postgres) -> Lsn {
-    standby.lsn("select coalesce(pg_last_wal_replay_lsn(), '0/0')")
 }
 
 /// A `pg_receivewal --synchronous` that follows one safekeeper.
@@ -202,7 +176,7 @@ impl Receiver {
 fn a_clean_stop_of_all_safekeepers_keeps_the_standby() {
     let mut cluster = Cluster::start();
     cluster.primary.sql("create table t (a int)");
-    let mut standby = start_standby(&cluster);
+    let mut standby = cluster.start_standby("standby");
     cluster.safekeepers.iter_mut().for_each(Safekeeper::stop);
     let waiting = cluster.commit_in_background("insert into t values (1)");
     cluster.safekeepers.iter_mut().for_each(Safekeeper::start);

@@ -86,7 +86,7 @@ pub fn run_command(
         ReplicationCommand::TimelineHistory(tli) => {
             let view = keeper.view();
             let newest = view.newest_tli(keeper.commit_lsn());
-            let file = view.timeline_file(tli).filter(|_| tli <= newest);
+            let file = view.shown_timeline_file(tli, newest);
             let name = safekeeper_wal::history_file_name(tli.0);
             let file = file.ok_or_else(|| {
                 command_error(

@@ -13,7 +13,7 @@
 use std::borrow::Cow;
 
 use safekeeper_protocol::{AcceptorState, Lsn, TimelineFile, Tli};
-use safekeeper_wal::{TimelineHistory, TimelineSwitch};
+use safekeeper_wal::{GIVEN_UP, TimelineHistory, TimelineSwitch};
 
 use crate::pgwire::ErrorReport;
 
@@ -93,6 +93,31 @@ impl View {
         let content = history.to_string().into_bytes();
         // The first timeline has no file.
         (!history.ancestors.is_empty()).then_some(TimelineFile { tli, content })
+    }
+
+    /// What a follower gets that asks for the history of `tli`, none newer being shown than `newest`.
+    /// It asks for every number between its own timeline and the newest.
+    pub fn shown_timeline_file(&self, tli: Tli, newest: Tli) -> Option<Cow<'_, TimelineFile>> {
+        if tli > newest {
+            return None;
+        }
+        self.timeline_file(tli)
+            .or_else(|| self.given_up_file(tli, newest).map(Cow::Owned))
+    }
+
+    /// For a number that a promotion has taken which was given up: no ancestor of the newest, and
+    /// not in the log.
+    fn given_up_file(&self, tli: Tli, newest: Tli) -> Option<TimelineFile> {
+        let entries = self.state.history.entries();
+        let first = entries.first()?.tli;
+        let is_known = entries.iter().any(|entry| entry.tli == tli);
+        let is_ancestor = self.end_by_file(tli, newest).is_some();
+        // Of what was before the log began, too little is known.
+        let given_up = tli > first && tli < newest && !is_known && !is_ancestor;
+        given_up.then(|| TimelineFile {
+            tli,
+            content: GIVEN_UP.as_bytes().to_vec(),
+        })
     }
 
     /// None if `tli` is the newest; an error if it is not an ancestor of the newest.
@@ -221,6 +246,25 @@ mod tests {
             // Before anything of timeline 6 is committed.
             assert_eq!(end(5, 0x200), Ok(None));
             assert_eq!(end(6, 0x200), Err(()));
+        }
+    }
+
+    #[test]
+    fn a_number_that_was_given_up_has_a_file_that_nobody_follows() {
+        for with_file in [true, false] {
+            let view = view(with_file);
+            let shown = |tli| {
+                let file = view.shown_timeline_file(Tli(tli), Tli(6))?.into_owned();
+                Some(String::from_utf8(file.content).expect("text"))
+            };
+            for tli in [3, 4] {
+                assert_eq!(shown(tli).as_deref(), Some(GIVEN_UP), "timeline {tli}");
+            }
+            assert_eq!(shown(1), None);
+            assert_eq!(shown(7), None);
+            assert_ne!(shown(6).as_deref(), Some(GIVEN_UP));
+            assert_ne!(shown(5).as_deref(), Some(GIVEN_UP));
+            assert_eq!(view.shown_timeline_file(Tli(4), Tli(2)), None, "not yet");
         }
     }
 

@@ -12,7 +12,8 @@ use safekeeper_wal::canonical_end;
 use super::{Pusher, thread_panicked};
 use crate::compare::{Comparison, ComparisonEvent, Stretch};
 use crate::donor::DonorRequest;
-use crate::{local_history, postgres, shmem};
+use crate::local_log::store_local_history;
+use crate::{postgres, shmem};
 
 impl Pusher {
     pub(super) fn carry_out(&mut self) {
@@ -39,11 +40,10 @@ impl Pusher {
                 begin_lsn,
                 end_lsn,
             }),
-            // Only a proposer that stands before recovery, or for a standby, may ask for them.
-            ProposerAction::NothingToRecover
-            | ProposerAction::Complete { .. }
-            | ProposerAction::Replay { .. }
-            | ProposerAction::Promote { .. } => postgres::error(
+            ProposerAction::Replay { end_lsn } => self.begin_replay(end_lsn),
+            ProposerAction::Promote { tli, switch_lsn } => self.begin_switch(tli, switch_lsn),
+            // Only a proposer that stands before recovery may ask for them.
+            ProposerAction::NothingToRecover | ProposerAction::Complete { .. } => postgres::error(
                 PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
                 "cannot recover the WAL of a server that writes",
                 "",
@@ -55,10 +55,12 @@ impl Pusher {
                 self.local.history = history;
                 self.local.configuration = configuration;
                 self.local.unled_from = None;
-                self.store_local_history();
+                store_local_history(&self.local);
                 self.proposer
                     .on_history_persisted(now_ms, &mut self.actions);
             }
+            // A promoted standby's worker will lead in this term.
+            ProposerAction::Lead { .. } if self.wal_sender.is_none() => {}
             ProposerAction::Lead { term, start_lsn } => {
                 self.logged_wait.clear();
                 self.status.elected_at = postgres::timestamp();
@@ -68,7 +70,7 @@ impl Pusher {
                 // Whatever sessions could see by now was recovered, and lies below. Only what is
                 // flushed is pushed.
                 postgres::flush_wal(postgres::insert_lsn());
-                let end_lsn = canonical_end(postgres::insert_lsn(), self.segment_size);
+                let end_lsn = canonical_end(postgres::insert_lsn(), self.format.segment_size);
                 if shmem::set_gate(end_lsn) {
                     postgres::log(format!(
                         "sessions are held until the WAL up to {end_lsn} is on the quorum"
@@ -85,6 +87,9 @@ impl Pusher {
             }
             ProposerAction::Deposed { term } => {
                 self.deposed_by = Some(term);
+                if self.wal_sender.is_none() {
+                    return;
+                }
                 postgres::warning(
                     format!(
                         "another primary was elected in term {term}: no commit is acknowledged here any more"
@@ -95,15 +100,10 @@ impl Pusher {
         }
     }
 
-    fn store_local_history(&mut self) {
-        let stored =
-            local_history::store(&self.data_dir, self.greeting.cluster.system_id, &self.local);
-        if let Err(error) = stored {
-            postgres::error(PgSqlErrorCode::ERRCODE_IO_ERROR, error.to_string(), "");
-        }
-    }
-
     fn commit(&mut self, commit_lsn: Lsn) {
+        if self.wal_sender.is_none() {
+            return;
+        }
         let now = self.started.elapsed();
         self.lag.acknowledged(commit_lsn, now);
         // Backends look here when their wait ends: so this comes first.
@@ -124,7 +124,9 @@ impl Pusher {
             .and_then(|lag| i64::try_from(lag.as_micros()).ok());
         self.positions.lag_us = lag.unwrap_or(-1);
         self.positions.apply_lsn = self.lowest_apply_lsn();
-        self.wal_sender.advance(&self.positions);
+        if let Some(wal_sender) = &self.wal_sender {
+            wal_sender.advance(&self.positions);
+        }
     }
 
     /// Of all standbys behind the members that follow.
@@ -139,18 +141,21 @@ impl Pusher {
 
     /// Commits wait for our positions while we lead, and for nothing that we could give otherwise.
     pub(super) fn follow_reign(&mut self) {
+        let Some(wal_sender) = &self.wal_sender else {
+            return;
+        };
         let is_leading = self.proposer.is_leading();
         if is_leading && !self.is_streaming {
-            self.wal_sender.begin_streaming();
+            wal_sender.begin_streaming();
         } else if !is_leading && self.is_streaming {
-            self.wal_sender.stop_streaming();
+            wal_sender.stop_streaming();
         }
         self.is_streaming = is_leading;
     }
 
     fn begin_comparison(&mut self, stretch: Stretch) {
         let end_lsn = stretch.end_lsn;
-        if postgres::flushed_lsn() < end_lsn {
+        if self.local_end_lsn() < end_lsn && self.standby_end_lsn.is_none() {
             postgres::flush_wal(end_lsn);
         }
         let begun = Comparison::begin(stretch, &self.source, self.waker.clone(), |part| {

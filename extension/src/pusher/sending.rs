@@ -5,7 +5,6 @@ use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
 
 use super::{Member, Pusher, thread_panicked};
 use crate::feed::FeedPanicked;
-use crate::postgres;
 use crate::wal_source::WalRead;
 
 /// Appends for one member in one turn, so that a member that catches up does not hold up the
@@ -15,15 +14,15 @@ const APPENDS_PER_TURN: usize = 4;
 impl Pusher {
     pub(super) fn send_all(&mut self) {
         self.more_to_send = false;
-        let flushed_lsn = postgres::flushed_lsn();
+        let local_end_lsn = self.local_end_lsn();
         for at in 0..self.members.len() {
-            if let Err(reason) = self.send(at, flushed_lsn) {
+            if let Err(reason) = self.send(at, local_end_lsn) {
                 self.close(at, &reason);
             }
         }
     }
 
-    fn send(&mut self, at: usize, flushed_lsn: Lsn) -> Result<(), String> {
+    fn send(&mut self, at: usize, local_end_lsn: Lsn) -> Result<(), String> {
         let peer = PeerIdx(at);
         for _ in 0..APPENDS_PER_TURN {
             self.members[at]
@@ -36,11 +35,11 @@ impl Pusher {
             let Some(next_lsn) = self.proposer.next_lsn(peer) else {
                 return Ok(());
             };
-            let (end_lsn, from_files) = self.at_hand(at, next_lsn, flushed_lsn)?;
+            let (end_lsn, from_files) = self.at_hand(at, next_lsn, local_end_lsn)?;
             let now_ms = self.now_ms();
             let wal = LocalWal {
                 end_lsn,
-                flush_lsn: flushed_lsn,
+                flush_lsn: local_end_lsn,
             };
             let Some(append) = self.proposer.next_append(peer, wal, now_ms) else {
                 return Ok(());
@@ -55,13 +54,18 @@ impl Pusher {
     }
 
     /// End of the WAL from `lsn` on that can be sent now, and whether it is in `pg_wal`.
-    fn at_hand(&mut self, at: usize, lsn: Lsn, flushed_lsn: Lsn) -> Result<(Lsn, bool), String> {
-        if lsn >= flushed_lsn {
+    fn at_hand(&mut self, at: usize, lsn: Lsn, local_end_lsn: Lsn) -> Result<(Lsn, bool), String> {
+        // A standby brings the members to the start of its term, beyond the end of its own log.
+        let wanted_lsn = match self.standby_end_lsn {
+            Some(_) => self.proposer.term_start_lsn(),
+            None => local_end_lsn,
+        };
+        if lsn >= wanted_lsn {
             return Ok((lsn, true));
         }
-        if self.source.has(lsn).map_err(|error| error.to_string())? {
+        if lsn < local_end_lsn && self.source.has(lsn).map_err(|error| error.to_string())? {
             self.members[at].feed.stop();
-            return Ok((flushed_lsn, true));
+            return Ok((local_end_lsn, true));
         }
         let now_ms = self.now_ms();
         let mut feed = std::mem::take(&mut self.members[at].feed);

@@ -12,12 +12,26 @@
 //! goes on. Empty lines and lines that begin with `#` say nothing; a server leaves an empty line
 //! between entries. The rest of a line behind the position is for people. (`access/transam/timeline.c`)
 //!
+//! A number may belong to a timeline that never had a byte: a promotion took it and was given up.
+//! Servers that follow look for the files of all numbers up to the newest, one after another, and
+//! stop at a gap; so there is a file for such a number too, which names no ancestor and is therefore
+//! followed by nobody ([`GIVEN_UP`]).
+//!
 //! Positions are half-open: the byte at a switch point belongs to the newer timeline. Timeline
 //! numbers grow; positions do not go back.
 
 use std::fmt;
 
 use safekeeper_protocol::Lsn;
+
+/// What the history file of a timeline says that was given up before it had a byte.
+pub const GIVEN_UP: &str =
+    "# walproposer: this timeline was begun by a promotion that was given up\n";
+
+/// Is that what it says, or as much of it as a crash has left?
+pub fn is_given_up(content: &[u8]) -> bool {
+    GIVEN_UP.as_bytes().starts_with(content)
+}
 
 /// A timeline and its ancestors.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -33,7 +33,7 @@ pub use decoder::WalDecoder;
 pub use end_of_log::{EndOfLog, FindEndError, SegmentFiles, find_end, find_end_with};
 pub use error::WalError;
 pub use format::{WalFormat, canonical_end};
-pub use history::{HistoryError, TimelineHistory, TimelineSwitch};
+pub use history::{GIVEN_UP, HistoryError, TimelineHistory, TimelineSwitch, is_given_up};
 pub use page::{PAGE_SIZE, PgVersion};
 pub use record::{Record, RecordHeader};
 pub use segment_name::{

@@ -1,0 +1,338 @@
+//! The promoter: a standby's background worker, which makes it the primary when asked (design §7.3).
+//!
+//! ```text
+//!            asked                     Replay            Switch              recovery is over
+//!   idle ───────────► win a term, bring ───► wait for ────► end recovery ────────────────► hand the
+//!    ▲                a majority to its      replay         or let others                  term over,
+//!    └── given up: ── start ◄──────────────────┘            end it                         exit
+//!        refused, too late, withdrawn
+//! ```
+//!
+//! Winning the term fences the present primary; only then is known where the log ends that must be
+//! replayed. Each step is the condition of the next. The promoter exists while the server is in
+//! recovery, and sleeps on its latch when nobody asks. When recovery has ended the worker starts,
+//! waits for the promoter's end, and goes on in the term that it has handed over; without one, after
+//! a promotion by hand, it stands for election.
+//!
+//! Postgres chooses its new timeline by itself: the one after the newest history file that it finds.
+//! Numbers that were taken by promotions that died have no file, so the promoter puts *placeholders*
+//! in their place, which name no ancestor and are therefore followed by nobody. Behind the newest
+//! real one they must not stay: a standby would take them for the newest timeline when it starts. So
+//! they go when the promotion is given up, and before the next start.
+//!
+//! What a crash leaves: a standby as before. A won term that nobody uses is an empty reign; the
+//! local history and the placeholders are void at the next start. After the end of recovery: a
+//! primary that has begun its timeline in a term that is its own.
+
+use std::ffi::CStr;
+use std::io::ErrorKind;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use pgrx::{check_for_interrupts, pg_guard, pg_sys};
+use safekeeper_protocol::{Lsn, Tli};
+use safekeeper_wal::{GIVEN_UP, history_file_name, is_given_up, parse_history_file_name};
+
+use crate::local_log::forget_reigns;
+use crate::promotion::{self, Answer, Request, Wanted};
+use crate::pusher::{PromotionStep, Pusher, Replayed};
+use crate::settings::settings;
+use crate::shmem::{self, Status};
+use crate::threads::Waker;
+use crate::wait_set::WaitSet;
+use crate::{postgres, worker};
+
+pub const NAME: &CStr = c"walproposer promoter";
+pub const ENTRY: &CStr = c"walproposer_promoter_main";
+
+/// Nobody tells how far replay is, or that recovery has ended.
+const POLL_MS: u64 = 20;
+
+/// Entry of the promoter's process.
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn walproposer_promoter_main(_arg: pg_sys::Datum) {
+    worker::prepare_process();
+    if !postgres::in_recovery() {
+        worker::end_for_good();
+    }
+    // SAFETY: a callback that lives as long as the process.
+    unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::null()) };
+    // One that ended in the middle of a promotion may have left both.
+    forget_reigns();
+    remove_placeholders(&pg_wal());
+    // SAFETY: a variable of this process.
+    promotion::open_board(unsafe { pg_sys::MyProcPid });
+    publish_idle();
+    serve();
+    worker::end_for_good();
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_exit(_code: std::ffi::c_int, _arg: pg_sys::Datum) {
+    promotion::close_board();
+}
+
+/// Until recovery is over.
+fn serve() {
+    let (waker, wake_receiver) = worker::new_waker();
+    let mut wait_set = WaitSet::new(wake_receiver.fd());
+    let mut campaign: Option<Campaign> = None;
+    let mut readable = Vec::new();
+    loop {
+        worker::reset_latch();
+        wake_receiver.clear();
+        check_for_interrupts!();
+        worker::take_reload();
+        if worker::shutdown_requested() {
+            worker::end();
+        }
+        let is_over = !postgres::in_recovery();
+        match &mut campaign {
+            None if is_over => return,
+            None => campaign = promotion::open_request().map(|it| Campaign::begin(it, &waker)),
+            Some(running) => {
+                if let Some((outcome, reason)) = running.turn(&readable, is_over) {
+                    campaign
+                        .take()
+                        .into_iter()
+                        .for_each(|it| it.end(outcome, &reason));
+                    // A request may have come meanwhile.
+                    continue;
+                }
+            }
+        }
+        readable = match &campaign {
+            Some(running) => {
+                let timeout_ms = running.pusher.idle_ms().min(POLL_MS);
+                wait_set.wait(&running.pusher.sockets(), timeout_ms)
+            }
+            None => wait_set.wait(&[], u64::MAX),
+        };
+    }
+}
+
+fn publish_idle() {
+    let mut status = Box::new(Status::EMPTY);
+    status.state.set("standby");
+    shmem::publish(&status);
+}
+
+fn pg_wal() -> std::path::PathBuf {
+    postgres::data_directory().join("pg_wal")
+}
+
+/// One request, from the first greeting to its end.
+struct Campaign {
+    request: Request,
+    pusher: Pusher,
+    deadline: Instant,
+    /// Why it is not further, for whoever asked.
+    waits_for: String,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Up to the moment when recovery may end.
+    Preparing,
+    /// Somebody else will end recovery.
+    Prepared,
+    /// Postgres has been told to end recovery.
+    Ending,
+}
+
+impl Campaign {
+    fn begin(request: Request, waker: &Waker) -> Campaign {
+        let replayed = postgres::replayed();
+        postgres::log(format!(
+            "promotion: asked for; WAL is replayed up to {} on timeline {}",
+            replayed.lsn, replayed.tli
+        ));
+        Campaign {
+            request,
+            pusher: Pusher::for_standby(&settings(), waker.clone()),
+            deadline: Instant::now() + request.wait,
+            waits_for: "nothing was heard from the safekeepers".to_owned(),
+            stage: Stage::Preparing,
+        }
+    }
+
+    /// What came of it, when it is over.
+    fn turn(&mut self, readable: &[usize], is_over: bool) -> Option<(Answer, String)> {
+        self.pusher.turn(readable);
+        if let Some(reason) = self.pusher.wait_reason() {
+            self.waits_for = reason;
+        }
+        if is_over {
+            return Some(self.take_over());
+        }
+        if self.pusher.is_hopeless() {
+            return Some((Answer::Refused, self.waits_for.clone()));
+        }
+        match self.pusher.promotion_step() {
+            Some(PromotionStep::Replay { end_lsn }) => match self.pusher.replayed(end_lsn) {
+                Replayed::Waiting(how_far) => self.waits_for = how_far,
+                Replayed::Whole => self.pusher.on_replayed(),
+                Replayed::Wrong(reason) => return Some((Answer::Refused, reason)),
+            },
+            Some(PromotionStep::Switch { tli, switch_lsn }) if self.stage == Stage::Preparing => {
+                self.let_recovery_end(tli, switch_lsn);
+            }
+            _ => {}
+        }
+        if self.stage == Stage::Prepared {
+            self.take_next_request();
+        }
+        if self.stage == Stage::Ending {
+            return None;
+        }
+        let is_late = Instant::now() >= self.deadline;
+        let is_withdrawn = promotion::is_withdrawn(&self.request);
+        (is_late || is_withdrawn).then(|| (Answer::GivenUp, self.waits_for.clone()))
+    }
+
+    /// Whoever has prepared may ask for the promotion itself, or for more time.
+    fn take_next_request(&mut self) {
+        if let Some(request) = promotion::open_request() {
+            self.request = request;
+            self.deadline = Instant::now() + request.wait;
+            self.stage = Stage::Preparing;
+        }
+    }
+
+    /// All is done but the end of recovery.
+    fn let_recovery_end(&mut self, tli: Tli, switch_lsn: Lsn) {
+        if let Err(error) = place_placeholders(&pg_wal(), postgres::replayed().tli, tli.0) {
+            self.waits_for = format!("could not write into pg_wal: {error}");
+            return;
+        }
+        if self.request.wanted == Wanted::Preparation {
+            postgres::log(format!(
+                "promotion: prepared for timeline {tli} at {switch_lsn}; waiting for recovery to be ended"
+            ));
+            self.stage = Stage::Prepared;
+            "recovery was not ended in time".clone_into(&mut self.waits_for);
+            self.deadline = Instant::now() + self.request.wait;
+            return promotion::answer(&self.request, Answer::Done, "");
+        }
+        match postgres::end_recovery() {
+            Ok(()) => {
+                postgres::log(format!(
+                    "promotion: ending recovery, for timeline {tli} at {switch_lsn}"
+                ));
+                self.stage = Stage::Ending;
+            }
+            Err(error) => self.waits_for = format!("could not end recovery: {error}"),
+        }
+    }
+
+    /// Recovery has ended; by whom does not matter, but where.
+    fn take_over(&mut self) -> (Answer, String) {
+        let switch = match self.pusher.promotion_step() {
+            Some(PromotionStep::Switch { .. }) => self.pusher.on_promoted(),
+            _ => Err("recovery was ended by somebody else, before the quorum was ready".to_owned()),
+        };
+        match switch {
+            Ok(won) => {
+                shmem::hand_over(&won);
+                (Answer::Done, String::new())
+            }
+            Err(reason) => (Answer::Refused, reason),
+        }
+    }
+
+    fn end(mut self, outcome: Answer, reason: &str) {
+        match outcome {
+            Answer::Done => postgres::log("promotion: recovery has ended; the worker goes on"),
+            Answer::Refused | Answer::GivenUp => {
+                // First of all: what was won must not be taken for a reign that was led.
+                self.pusher.forget_reign();
+                remove_placeholders(&pg_wal());
+                postgres::log(format!("promotion: given up: {reason}"));
+                publish_idle();
+            }
+        }
+        if self.stage != Stage::Prepared {
+            promotion::answer(&self.request, outcome, reason);
+        }
+    }
+}
+
+/// Takes the timelines between `current` and `next` that have no history file.
+fn place_placeholders(pg_wal: &Path, current: u32, next: u32) -> std::io::Result<()> {
+    for tli in current + 1..next {
+        let path = pg_wal.join(history_file_name(tli));
+        match std::fs::OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(path)
+        {
+            Ok(mut file) => std::io::Write::write_all(&mut file, GIVEN_UP.as_bytes())?,
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Those behind the newest real history file. One that can't be removed stays, and the standby's
+/// start will say what is wrong.
+pub fn remove_placeholders(pg_wal: &Path) {
+    let entries = std::fs::read_dir(pg_wal).into_iter().flatten().flatten();
+    let files = entries.filter_map(|entry| {
+        let tli = parse_history_file_name(entry.file_name().to_str()?)?;
+        let content = std::fs::read(entry.path()).ok()?;
+        Some((tli, is_given_up(&content), entry.path()))
+    });
+    let files: Vec<_> = files.collect();
+    let real = files
+        .iter()
+        .filter(|(_, is_placeholder, _)| !is_placeholder);
+    let newest = real.map(|(tli, ..)| *tli).max().unwrap_or(0);
+    for (tli, is_placeholder, path) in &files {
+        if *is_placeholder && *tli > newest {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// The worker's first step: a term is handed over, or will not be.
+pub fn await_end() {
+    let is_gone =
+        || (!promotion::promoter_is_there() || worker::shutdown_requested()).then_some(());
+    shmem::wait_for_board(Duration::MAX, is_gone);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use safekeeper_wal::TimelineHistory;
+
+    #[test]
+    fn placeholders_take_what_is_free_and_stay_only_below_a_real_file() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let real = "1\t0/2000000\tno recovery target specified\n";
+        std::fs::write(dir.path().join("00000003.history"), real).expect("written");
+        let tlis = || {
+            let entries = std::fs::read_dir(dir.path()).expect("listed");
+            let mut tlis: Vec<_> = entries
+                .filter_map(|entry| {
+                    parse_history_file_name(entry.expect("an entry").file_name().to_str()?)
+                })
+                .collect();
+            tlis.sort_unstable();
+            tlis
+        };
+        place_placeholders(dir.path(), 1, 6).expect("written");
+        assert_eq!(tlis(), [2, 3, 4, 5]);
+        let text = std::fs::read_to_string(dir.path().join("00000002.history")).expect("read");
+        let parsed = TimelineHistory::parse(2, &text).expect("a history file");
+        assert!(parsed.ancestors.is_empty());
+        // Whatever a crash has left of one.
+        std::fs::write(dir.path().join("00000004.history"), &GIVEN_UP[..9]).expect("written");
+        std::fs::write(dir.path().join("00000005.history"), "").expect("written");
+        remove_placeholders(dir.path());
+        assert_eq!(tlis(), [2, 3]);
+    }
+}

@@ -1,0 +1,210 @@
+//! What only a standby's pusher does: the steps of a promotion that Postgres has a part in.
+//!
+//! The proposer asks for them one at a time (`protocol/src/proposer/promotion.rs`); the promoter
+//! looks what is to be done, and how far it is.
+//!
+//! ```text
+//!   Replay   recovery has come to just where the quorum's log ends, over the quorum's bytes
+//!   Switch   recovery has ended, on the timeline that the quorum was told of
+//! ```
+//!
+//! A position is not a proof. A standby that streams from anybody but the safekeepers may reach the
+//! right number over other bytes (S9), and may hold more WAL than it has replayed, which the end of
+//! recovery would replay too. So what has come since the promotion was asked for is compared once
+//! more, in the won term, and `pg_wal` is looked through for WAL behind the end.
+
+use safekeeper_protocol::election::COMPARE_LEN_MAX;
+use safekeeper_protocol::{Compared, Lsn, TermHistory, Tli, WonTerm};
+use safekeeper_wal::{SegmentFiles, WalDecoder, canonical_end, find_end_with};
+
+use super::{Pusher, thread_panicked};
+use crate::compare::{Comparison, ComparisonEvent, Stretch};
+use crate::local_history::LocalHistory;
+use crate::local_log::{load_timelines, store_local_history};
+use crate::postgres;
+use crate::wal_source::WalSource;
+
+/// What the proposer waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PromotionStep {
+    Replay { end_lsn: Lsn },
+    Switch { tli: Tli, switch_lsn: Lsn },
+}
+
+/// How far recovery is with [`PromotionStep::Replay`].
+#[derive(Debug, PartialEq, Eq)]
+pub enum Replayed {
+    /// Not yet; how far it is.
+    Waiting(String),
+    Whole,
+    /// This standby holds what the quorum does not.
+    Wrong(String),
+}
+
+/// The comparison of what has been replayed since the promotion was asked for.
+pub(super) struct LastLook {
+    comparison: Comparison,
+    source: WalSource,
+}
+
+impl Pusher {
+    pub(super) fn begin_replay(&mut self, end_lsn: Lsn) {
+        self.promotion_step = Some(PromotionStep::Replay { end_lsn });
+        postgres::log(format!(
+            "promotion: a majority follows term {} up to {end_lsn}; replaying up to there",
+            self.proposer.term()
+        ));
+    }
+
+    pub(super) fn begin_switch(&mut self, tli: Tli, switch_lsn: Lsn) {
+        self.promotion_step = Some(PromotionStep::Switch { tli, switch_lsn });
+    }
+
+    pub fn promotion_step(&self) -> Option<PromotionStep> {
+        self.promotion_step
+    }
+
+    /// Looks how far recovery is.
+    pub fn replayed(&mut self, end_lsn: Lsn) -> Replayed {
+        let replayed = canonical_end(postgres::replayed().lsn, self.format.segment_size);
+        if replayed > end_lsn {
+            return Replayed::Wrong(format!(
+                "it has replayed WAL up to {replayed}, and the quorum's log ends at {end_lsn}"
+            ));
+        }
+        if replayed < end_lsn {
+            let paused = match postgres::replay_is_paused() {
+                true => ", and replay is paused",
+                false => "",
+            };
+            return Replayed::Waiting(format!(
+                "it has replayed WAL up to {replayed} of {end_lsn}{paused}"
+            ));
+        }
+        match self.look_once_more(end_lsn) {
+            Some(Compared::Equal) => self.look_beyond(end_lsn),
+            Some(Compared::Differs { at }) => Replayed::Wrong(format!(
+                "the WAL it has replayed differs from the quorum's at {at}"
+            )),
+            Some(Compared::Unavailable { reason }) => Replayed::Waiting(format!(
+                "what it has replayed could not be compared with the quorum's: {reason}"
+            )),
+            None => Replayed::Waiting("what it has replayed is being compared".to_owned()),
+        }
+    }
+
+    /// The outcome, when there is one. What can't be compared is tried again at the next call.
+    fn look_once_more(&mut self, end_lsn: Lsn) -> Option<Compared> {
+        let Some(look) = &mut self.last_look else {
+            return self.begin_last_look(end_lsn).err();
+        };
+        let outcome = match look.comparison.poll(&mut look.source) {
+            ComparisonEvent::Nothing => return None,
+            ComparisonEvent::Ended(outcome) => outcome,
+            ComparisonEvent::Removed { oldest_lsn } => Compared::Unavailable {
+                reason: format!("the donor keeps WAL from {oldest_lsn} on only"),
+            },
+            ComparisonEvent::Panicked(text) => thread_panicked(&text),
+        };
+        self.last_look = None;
+        Some(outcome)
+    }
+
+    fn begin_last_look(&mut self, end_lsn: Lsn) -> Result<(), Compared> {
+        let begin_lsn = self.standby_end_lsn.unwrap_or(Lsn::INVALID);
+        let begin_lsn = begin_lsn.max(Lsn(end_lsn.0.saturating_sub(COMPARE_LEN_MAX)));
+        if begin_lsn >= end_lsn {
+            return Err(Compared::Equal);
+        }
+        let pg_wal = self.data_dir.join("pg_wal");
+        let (timelines, _) = load_timelines(&pg_wal, postgres::replayed().tli);
+        let last_removed = postgres::last_removed_segno;
+        let source = WalSource::new(pg_wal, self.format, timelines, end_lsn, last_removed);
+        let donors = self.proposer.donors_for(Lsn(end_lsn.0 - 1));
+        let Some(&donor) = donors.first() else {
+            let reason = "no safekeeper is connected that has it".to_owned();
+            return Err(Compared::Unavailable { reason });
+        };
+        let stretch = Stretch {
+            donor,
+            term: self.proposer.term(),
+            begin_lsn,
+            end_lsn,
+        };
+        let comparison = Comparison::begin(stretch, &source, self.waker.clone(), |part| {
+            self.donor_request(part.donor, part.term, part.begin_lsn, part.end_lsn)
+        })?;
+        self.last_look = Some(LastLook { comparison, source });
+        Ok(())
+    }
+
+    /// Is there WAL behind the end, which recovery would go on with when it is told to end?
+    fn look_beyond(&self, end_lsn: Lsn) -> Replayed {
+        let size = self.format.segment_size;
+        let pg_wal = self.data_dir.join("pg_wal");
+        let (timelines, _) = load_timelines(&pg_wal, postgres::replayed().tli);
+        let last_byte = Lsn(end_lsn.0.saturating_sub(1));
+        let mut decoder = WalDecoder::new(self.format, last_byte.segment_start(size.bytes()));
+        decoder.expect_timelines(timelines.clone());
+        decoder.allow_stale_switch_padding();
+        let mut files = SegmentFiles::new(&pg_wal, timelines, size);
+        match find_end_with(decoder, |lsn, buffer| files.read(lsn, buffer), |_| {}) {
+            Ok(found) if found.end > end_lsn => Replayed::Wrong(format!(
+                "its pg_wal holds WAL up to {}, and the quorum's log ends at {end_lsn}",
+                found.end
+            )),
+            Ok(_) => Replayed::Whole,
+            Err(error) => Replayed::Waiting(error.to_string()),
+        }
+    }
+
+    /// Answer to [`PromotionStep::Replay`].
+    pub fn on_replayed(&mut self) {
+        self.promotion_step = None;
+        self.proposer.on_replayed(&mut self.actions);
+        self.carry_out();
+    }
+
+    /// Answer to [`PromotionStep::Switch`]: recovery has ended. The term, for the worker; or why it
+    /// can't have it.
+    pub fn on_promoted(&mut self) -> Result<WonTerm, String> {
+        self.promotion_step = None;
+        let tli = postgres::insertion_tli();
+        let (timelines, files) = load_timelines(&self.data_dir.join("pg_wal"), tli);
+        let begin = timelines.begin(tli).unwrap_or(Lsn::INVALID);
+        let switch_lsn = canonical_end(begin, self.format.segment_size);
+        let now_ms = self.now_ms();
+        self.proposer
+            .on_promoted(Tli(tli), switch_lsn, files, now_ms, &mut self.actions);
+        self.carry_out();
+        let why = || "the reign was lost meanwhile".to_owned();
+        self.proposer
+            .hand_over()
+            .ok_or_else(|| self.wait_reason().unwrap_or_else(why))
+    }
+
+    /// Why the proposer waits, if it does.
+    pub fn wait_reason(&self) -> Option<String> {
+        let deposed = self
+            .deposed_by
+            .map(|term| format!("another server was elected in term {term}"));
+        deposed.or_else(|| self.proposer.wait_reason().map(ToString::to_string))
+    }
+
+    /// Final: nothing that may happen would let this standby be promoted in this attempt.
+    pub fn is_hopeless(&self) -> bool {
+        matches!(self.proposer.state_name(), "refused" | "deposed")
+    }
+
+    /// The promotion is given up: what was won confers nothing (W7).
+    pub fn forget_reign(&mut self) {
+        if self.local.history.is_empty() {
+            return;
+        }
+        self.local = LocalHistory {
+            history: TermHistory::default(),
+            ..self.local.clone()
+        };
+        store_local_history(&self.local);
+    }
+}
