@@ -46,7 +46,7 @@ use crate::local_log::{
     forget_reigns, load_local_history, load_timelines, store_local_history, unled_from, wal_format,
 };
 use crate::settings::{self, Settings, settings};
-use crate::{postgres, promoter, shmem};
+use crate::{fetch_settings, postgres, promoter, shmem};
 
 /// While the candidate works, a stop signal is looked for this often.
 const POLL: Duration = Duration::from_millis(100);
@@ -58,11 +58,12 @@ pub fn before_recovery() {
     let _blocked = StopSignalsBlocked::new();
     let data_dir = postgres::data_directory();
     let system_id = postgres::system_id();
+    let settings = settings();
+    leave_fetch_settings(&settings);
     promoter::remove_placeholders(&data_dir.join("pg_wal"));
     if is_standby() {
         return forget_reigns();
     }
-    let settings = settings();
     let control = postgres::ControlFile::read();
     let local = load_local_history(&data_dir, system_id);
     if settings::start_without_quorum() {
@@ -123,6 +124,28 @@ pub fn before_recovery() {
     }
 }
 
+/// A server that can't say it to its `restore_command` can run all the same.
+fn leave_fetch_settings(settings: &Settings) {
+    let stored = fetch_settings::store(
+        &postgres::data_directory(),
+        &settings.safekeepers,
+        &settings.cluster_name,
+        &user(settings),
+    );
+    if let Err(error) = stored {
+        postgres::warning(
+            format!("could not write file \"walproposer.toml\": {error}"),
+            "A restore_command that uses safekeeper fetch-wal must name the safekeepers with --from.",
+        );
+    }
+}
+
+/// As whom the safekeepers are asked.
+fn user(settings: &Settings) -> String {
+    let user = settings.conninfo.user.clone();
+    user.unwrap_or_else(postgres::os_user)
+}
+
 /// It recovers to no end of its own: another server's WAL, or up to a point in time.
 pub fn is_standby() -> bool {
     let data_dir = postgres::data_directory();
@@ -180,8 +203,7 @@ fn job(
     let (timelines, timeline_files) = load_timelines(&pg_wal, control.tli);
     let end = local_end(control);
     let format = wal_format();
-    let user = settings.conninfo.user.clone();
-    let user = user.unwrap_or_else(postgres::os_user);
+    let user = user(settings);
     let timeout = settings.conninfo.connect_timeout;
     let dials = settings.safekeepers.iter().map(|address| Dial {
         address: address.clone(),
