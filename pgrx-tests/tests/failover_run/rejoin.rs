@@ -59,6 +59,9 @@ impl Hosts {
             self.safekeeper_list()
         );
         self.standby().configure(&restore);
+        // Before PostgreSQL 16 it takes the source's timeline from the control file, where the end
+        // of recovery has not put it yet.
+        self.primary().sql("checkpoint");
         let mut command = Command::new(Programs::postgres("pg_rewind"));
         command.arg("--target-pgdata").arg(self.standby().data());
         command.arg("--source-server").arg(format!(
