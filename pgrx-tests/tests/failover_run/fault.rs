@@ -108,16 +108,18 @@ impl Hosts {
     }
 
     pub fn harm(&mut self, fault: SafekeeperFault) {
+        self.harmed = Some(fault);
         match fault {
             SafekeeperFault::Kill(i) => self.cluster.safekeepers[i].kill9(),
             SafekeeperFault::Pause(i) => self.cluster.safekeepers[i].process().pause(),
         }
     }
 
-    pub fn mend(&mut self, fault: SafekeeperFault) {
-        match fault {
-            SafekeeperFault::Kill(i) => self.cluster.safekeepers[i].start(),
-            SafekeeperFault::Pause(i) => self.cluster.safekeepers[i].process().resume(),
+    pub fn mend(&mut self) {
+        match self.harmed.take() {
+            None => {}
+            Some(SafekeeperFault::Kill(i)) => self.cluster.safekeepers[i].start(),
+            Some(SafekeeperFault::Pause(i)) => self.cluster.safekeepers[i].process().resume(),
         }
     }
 }

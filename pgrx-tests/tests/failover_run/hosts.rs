@@ -1,25 +1,35 @@
-//! Two hosts with a Postgres each, three safekeepers, and a link from each host to each safekeeper:
-//! a host that is parted from the safekeepers is so in both roles.
+//! Two hosts with a Postgres each, three safekeepers, and links by which each host pushes WAL.
 //!
-//! `cluster.primary` is the primary; a failover swaps the two servers.
+//! `cluster.primary` is the primary; a failover swaps the two servers. Standbys stream from the
+//! safekeepers without a link: the link to a dead one accepts connections and closes them, which is
+//! not what a dead one does, and libpq would not go on to the next.
 
-use std::time::Duration;
+use std::sync::mpsc::{Sender, channel};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use cluster_tests::link::Link;
 use cluster_tests::poll::{SOON, wait_for, wait_until};
-use cluster_tests::postgres::{Postgres, describe};
+use cluster_tests::postgres::{Postgres, describe, text_rows};
 use cluster_tests::safekeeper::Safekeeper;
 use cluster_tests::wal_compare::WalDir;
 use cluster_tests::{Cluster, safekeepers_setting};
 use safekeeper_wal::history::TimelineHistory;
 use safekeeper_wal::segment_name::SegmentSize;
 
+use crate::fault::SafekeeperFault;
+
 pub struct Hosts {
     standby: Postgres,
     /// Of the primary's host, and of the standby's.
     links: [Vec<Link>; 2],
+    /// A safekeeper that is down, or stands still.
+    pub harmed: Option<SafekeeperFault>,
     pub cluster: Cluster,
 }
+
+/// A promotion takes less than a second, unless the standby hangs.
+const PROMOTED_BY: Duration = Duration::from_secs(5);
 
 /// Checkpoints and removed WAL are part of the story; so are clients that hold on for a second and
 /// no longer, which is what keeps a cycle short.
@@ -29,7 +39,7 @@ max_wal_size = '64MB'
 min_wal_size = '32MB'
 checkpoint_timeout = '30s'
 hot_standby = on
-wal_retrieve_retry_interval = '200ms'
+wal_receiver_timeout = '2s'
 ";
 
 impl Hosts {
@@ -43,6 +53,7 @@ impl Hosts {
         let mut hosts = Hosts {
             standby,
             links,
+            harmed: None,
             cluster,
         };
         hosts.start_standby();
@@ -76,26 +87,41 @@ impl Hosts {
         self.standby.rebuild_from(&self.cluster.primary);
     }
 
-    /// By its own function, again and again if need be.
-    pub fn promote(&self) {
-        let what = format!("{} is promoted", self.standby.name());
-        wait_for(&what, 2 * SOON, || {
-            match self.standby.try_sql("select walproposer_promote(60)") {
-                Ok(rows) if rows[0][0].as_deref() == Some("t") => return Some(()),
-                Ok(_) => println!("    walproposer_promote: false"),
-                Err(error) => println!("    walproposer_promote: {}", describe(&error)),
-            }
-            cluster_tests::poll::let_run(Duration::from_millis(200));
-            None
-        });
+    /// By its own function, again and again if need be. Whether it had to wait for a safekeeper
+    /// that stood still: a standby that connects to such a one waits for its answer for ever
+    /// (walreceiver knows no connect_timeout), until somebody does something about it.
+    pub fn promote(&mut self) -> bool {
+        let started = Instant::now();
+        let (sender, answers) = channel();
+        let config = self.standby.config();
+        thread::spawn(move || ask_for_promotion(&config, &sender));
+        let mut waited = false;
+        wait_for(
+            &format!("{} is promoted", self.standby.name()),
+            2 * SOON,
+            || {
+                while let Ok(answer) = answers.try_recv() {
+                    match answer {
+                        Ok(()) => return Some(()),
+                        Err(why) => println!("    walproposer_promote: {why}"),
+                    }
+                }
+                let stands_still = matches!(self.harmed, Some(SafekeeperFault::Pause(_)));
+                if stands_still && started.elapsed() >= PROMOTED_BY {
+                    waited = true;
+                    self.mend();
+                }
+                None
+            },
+        );
+        waited
     }
 
     /// Whatever its files say of another host, it lives here and follows the safekeepers.
     pub fn start_standby(&mut self) {
-        let (standby, links) = (&mut self.standby, &self.links[1]);
-        settle_in(standby, links);
-        standby.touch("standby.signal");
-        standby.start();
+        settle_in(&self.standby, &self.links[1]);
+        self.cluster.follow_safekeepers(&self.standby);
+        self.standby.start();
     }
 
     /// It has replayed what the primary has flushed by now.
@@ -156,6 +182,26 @@ impl Hosts {
     }
 }
 
+/// Again and again, until it is done or nobody listens.
+fn ask_for_promotion(config: &::postgres::Config, answers: &Sender<Result<(), String>>) {
+    let ask = || {
+        let mut client = config.connect(::postgres::NoTls)?;
+        text_rows(&mut client, "select walproposer_promote(60)")
+    };
+    loop {
+        let answer = match ask() {
+            Ok(rows) if rows[0][0].as_deref() == Some("t") => Ok(()),
+            Ok(_) => Err("false".to_owned()),
+            Err(error) => Err(describe(&error)),
+        };
+        let done = answer.is_ok();
+        if answers.send(answer).is_err() || done {
+            return;
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
 fn segment_size() -> SegmentSize {
     SegmentSize::new(16 << 20).expect("a legal size")
 }
@@ -168,16 +214,9 @@ fn links_to(cluster: &Cluster) -> Vec<Link> {
 /// What a server's configuration says of its host. Files that come from the other host, by
 /// pg_basebackup or pg_rewind, say the other's.
 fn settle_in(server: &Postgres, links: &[Link]) {
-    let part = |part: fn(&Link) -> String| links.iter().map(part).collect::<Vec<_>>().join(",");
     server.configure(&format!(
         "unix_socket_directories = '{}'",
         server.socket_dir().display()
     ));
     server.configure(&safekeepers_setting(links.iter().map(Link::address)));
-    server.configure(&format!(
-        "primary_conninfo = 'host={} port={} application_name={}'",
-        part(|link| link.address().ip().to_string()),
-        part(|link| link.address().port().to_string()),
-        server.name(),
-    ));
 }

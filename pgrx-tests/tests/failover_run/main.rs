@@ -80,9 +80,7 @@ impl Run {
             Fault::CrashBackend => self.crash_restart(),
             _ => self.fail_over(fault),
         }
-        if let Some(fault) = safekeeper {
-            self.hosts.mend(fault);
-        }
+        self.hosts.mend();
         self.hosts.wait_streaming();
         self.check();
         self.report.cycle(fault);
@@ -114,7 +112,9 @@ impl Run {
         // They try there until it is the primary.
         self.ledger.send_to(self.hosts.standby());
         self.hosts.strike(fault);
-        self.hosts.promote();
+        if self.hosts.promote() {
+            self.report.waited_for_safekeeper();
+        }
         let promoted = self.hosts.standby();
         wait_until("the promoted standby acknowledges a commit", SOON, || {
             self.ledger.first_by(promoted, since).is_some()
@@ -126,6 +126,10 @@ impl Run {
         // The old one must not disturb what goes on.
         self.wait_until_acknowledged(20);
         self.hosts.lift(fault);
+        if let Some(SafekeeperFault::Pause(_)) = self.hosts.harmed {
+            // The new standby would wait for it, as the old one may have.
+            self.hosts.mend();
+        }
         let way = self.hosts.rejoin();
         println!("    the old primary is a standby again: {way}");
         self.report.rejoined(fault, way);

@@ -16,6 +16,7 @@ pub struct Report {
     gaps: BTreeMap<Fault, Vec<Duration>>,
     ways: BTreeMap<(Fault, &'static str), usize>,
     reasons: Vec<String>,
+    waited_for_safekeeper: usize,
     acknowledged: usize,
     shown: usize,
     longest_gap: Duration,
@@ -28,6 +29,10 @@ impl Report {
 
     pub fn failed_over(&mut self, fault: Fault, gap: Duration) {
         self.gaps.entry(fault).or_default().push(gap);
+    }
+
+    pub fn waited_for_safekeeper(&mut self) {
+        self.waited_for_safekeeper += 1;
     }
 
     pub fn rejoined(&mut self, fault: Fault, way: Way) {
@@ -76,6 +81,10 @@ impl fmt::Display for Report {
             let quantiles = format!("{} / {} / {}", at(50), at(90), at(100));
             row("  median / 90 % / longest, ms", quantiles)?;
         }
+        row(
+            "promotions that waited for a safekeeper that stood still",
+            self.waited_for_safekeeper.to_string(),
+        )?;
         for ((fault, way), count) in &self.ways {
             let what = format!("old primary rejoined {way} after {fault:?}");
             row(&what, count.to_string())?;
