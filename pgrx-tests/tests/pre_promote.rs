@@ -48,6 +48,45 @@ fn a_manager_promotes_after_the_script_has_said_yes() {
     assert!(output.contains("recovery is not in progress"), "{output}");
 }
 
+/// Standbys that do not stream (Patroni's tag `nostream`), but follow by their restore_command: one is
+/// promoted with all that was acknowledged, the other follows it over the switch.
+#[test]
+fn a_standby_that_does_not_stream_is_promoted_and_followed() {
+    let mut cluster = Cluster::start();
+    let patroni = Patroni::of(&cluster);
+    let ledger = Ledger::start(&cluster.primary, 4);
+    let [promoted, other] = ["promoted", "other"].map(|name| {
+        let mut standby = Postgres::base_backup_of(&cluster.primary, &cluster.dir, name);
+        standby.restore_by_fetch_wal();
+        standby.touch("standby.signal");
+        standby.start();
+        standby
+    });
+    wait_until("rows are acknowledged", SOON, || {
+        ledger.acknowledged() > 500
+    });
+    cluster.primary.kill9();
+    let acknowledged = ledger.stop();
+    let (said_yes, output) = patroni.pre_promote(&promoted, &["60"]);
+    assert!(said_yes, "{output}");
+    let prepared = term(&cluster);
+    promote(&promoted);
+    acknowledged.assert_all_in(&promoted);
+    promoted.sql("create table after (n int)");
+    assert_eq!(
+        term(&cluster),
+        prepared,
+        "it does not lead in the prepared term"
+    );
+    let end = promoted.flush_lsn();
+    wait_until("the other follows over the switch", SOON, || {
+        other.replay_lsn() >= end
+    });
+    acknowledged.assert_all_in(&other);
+    other.sql("select * from after");
+    assert!(!other.log().contains("started streaming"));
+}
+
 /// Without a quorum the script fails, and Patroni promotes nobody; the old primary, whose host is
 /// back with the safekeepers', leads again as if nothing had been asked.
 #[test]

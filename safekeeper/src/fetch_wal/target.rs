@@ -86,7 +86,8 @@ impl Target {
             .read(true)
             .write(true)
             .create_new(true)
-            .mode(0o600)
+            // What Postgres's umask lets a group read, this may be read by it, too.
+            .mode(0o640)
             .open(&path)?;
         let temporary = Temporary {
             target: self,
