@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// Ending of temporary files.
 const ENDING: &str = ".fetching";
 
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 #[derive(Clone, Debug)]
 pub struct Target {
