@@ -246,12 +246,16 @@ fn promoted_by_hand_a_standby_leads_only_where_the_log_ended() {
 /// was acknowledged.
 #[test]
 fn a_candidate_that_dies_on_its_way_to_a_reign_leaves_the_quorum_to_another() {
-    [Step::Asked, Step::Voted, Step::Elected].map(one_dies_and_another_finishes);
+    for step in [Step::Asked, Step::Voted, Step::Elected] {
+        one_dies_and_another_finishes(step);
+    }
 }
 
 #[test]
 fn a_candidate_that_dies_while_recovery_ends_leaves_the_quorum_to_another() {
-    [Step::Replaying, Step::Ending, Step::Ended].map(one_dies_and_another_finishes);
+    for step in [Step::Replaying, Step::Ending, Step::Ended] {
+        one_dies_and_another_finishes(step);
+    }
 }
 
 fn one_dies_and_another_finishes(step: Step) {
