@@ -27,6 +27,7 @@
 //! | `wal_source` | WAL by position, from `pg_wal` |
 //! | `donor`, `feed` | WAL by position, from a safekeeper, and a member that needs it |
 //! | `compare`, `completion` | the local log against the donor's, and what it lacks of it |
+//! | `fetch_settings` | the file by which `restore_command` finds the safekeepers |
 //! | `local_history` | the file with the proposer's own term history |
 //! | `lag` | from sent to acknowledged |
 //! | `threads` | signals blocked, panics caught |
@@ -39,6 +40,7 @@ mod connect;
 mod conninfo;
 mod donor;
 mod feed;
+mod fetch_settings;
 mod gate;
 mod lag;
 mod local_history;

@@ -20,7 +20,7 @@
 //! |---|---|
 //! | nothing to recover | no quorum was ever configured: recovery, and first use by the worker |
 //! | won | recovery of the log, completed if need be; the worker goes on in the won term |
-//! | refused | FATAL: another primary has written, or other bytes; the advice that fits |
+//! | refused | FATAL: another primary has written, or other bytes; the advice that fits. In single-user mode a warning: it recovers, to be rewound |
 //!
 //! The won term is handed over in shared memory, for this start only (S7). Sessions are held until
 //! the recovered WAL is on the quorum (`gate.rs`).
@@ -34,7 +34,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use pgrx::PgSqlErrorCode;
-use safekeeper_protocol::{ClusterIdentity, LocalLog, ProposerSettings, Tli};
+use safekeeper_protocol::{ClusterIdentity, LocalLog, Lsn, ProposerSettings, Tli};
 
 use self::candidate::Candidate;
 use self::local_end::LocalEnd;
@@ -46,7 +46,7 @@ use crate::local_log::{
     forget_reigns, load_local_history, load_timelines, store_local_history, unled_from, wal_format,
 };
 use crate::settings::{self, Settings, settings};
-use crate::{postgres, promoter, shmem};
+use crate::{fetch_settings, postgres, promoter, shmem};
 
 /// While the candidate works, a stop signal is looked for this often.
 const POLL: Duration = Duration::from_millis(100);
@@ -58,11 +58,12 @@ pub fn before_recovery() {
     let _blocked = StopSignalsBlocked::new();
     let data_dir = postgres::data_directory();
     let system_id = postgres::system_id();
+    let settings = settings();
+    leave_fetch_settings(&settings);
     promoter::remove_placeholders(&data_dir.join("pg_wal"));
     if is_standby() {
         return forget_reigns();
     }
-    let settings = settings();
     let control = postgres::ControlFile::read();
     let local = load_local_history(&data_dir, system_id);
     if settings::start_without_quorum() {
@@ -109,6 +110,18 @@ pub fn before_recovery() {
             shmem::hand_over(&won);
             shmem::close_gate();
         }
+        // Nobody can connect, and nothing is acknowledged: this is how pg_rewind and HA managers
+        // recover a crashed server that they are going to rewind.
+        FromCandidate::Refused { reason, hint } if postgres::is_single_user() => {
+            let unled_from = record_unled(&control, load_local_history(&data_dir, system_id));
+            postgres::warning(
+                format!(
+                    "this server must not start as a primary: {reason}; in single-user mode it recovers all the \
+                     same, and its WAL from {unled_from} on is led by no term"
+                ),
+                &hint,
+            );
+        }
         FromCandidate::Refused { reason, hint } => postgres::fatal(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             format!("this server must not start as a primary: {reason}"),
@@ -123,6 +136,28 @@ pub fn before_recovery() {
     }
 }
 
+/// A server that can't say it to its `restore_command` can run all the same.
+fn leave_fetch_settings(settings: &Settings) {
+    let stored = fetch_settings::store(
+        &postgres::data_directory(),
+        &settings.safekeepers,
+        &settings.cluster_name,
+        &user(settings),
+    );
+    if let Err(error) = stored {
+        postgres::warning(
+            format!("could not write file \"walproposer.toml\": {error}"),
+            "A restore_command that uses safekeeper fetch-wal must name the safekeepers with --from.",
+        );
+    }
+}
+
+/// As whom the safekeepers are asked.
+fn user(settings: &Settings) -> String {
+    let user = settings.conninfo.user.clone();
+    user.unwrap_or_else(postgres::os_user)
+}
+
 /// It recovers to no end of its own: another server's WAL, or up to a point in time.
 pub fn is_standby() -> bool {
     let data_dir = postgres::data_directory();
@@ -131,21 +166,9 @@ pub fn is_standby() -> bool {
         .any(|name| data_dir.join(name).exists())
 }
 
-/// The loud override. What is written from here on is no quorum's, until one says so.
+/// The loud override.
 fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
-    let end = local_end(control);
-    let unled_from = local
-        .unled_from
-        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
-    let unled = LocalHistory {
-        unled_from: Some(unled_from),
-        ..local
-    };
-    store_local_history(&unled);
-    // An earlier start may have completed the log and not come to say so.
-    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
-        control.set_in_production();
-    }
+    let unled_from = record_unled(control, local);
     postgres::warning(
         format!(
             "walproposer.start_without_quorum is on: starting without asking the safekeepers; WAL from {unled_from} \
@@ -153,6 +176,23 @@ fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
         ),
         "Switch it off again. If the safekeepers hold more, this server can never lead again.",
     );
+}
+
+/// What is written from here on is no quorum's, until one says so. Returns from where on.
+fn record_unled(control: &postgres::ControlFile, local: LocalHistory) -> Lsn {
+    let end = local_end(control);
+    let unled_from = local
+        .unled_from
+        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
+    store_local_history(&LocalHistory {
+        unled_from: Some(unled_from),
+        ..local
+    });
+    // An earlier start may have completed the log and not come to say so.
+    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
+        control.set_in_production();
+    }
+    unled_from
 }
 
 fn local_end(control: &postgres::ControlFile) -> LocalEnd {
@@ -180,8 +220,7 @@ fn job(
     let (timelines, timeline_files) = load_timelines(&pg_wal, control.tli);
     let end = local_end(control);
     let format = wal_format();
-    let user = settings.conninfo.user.clone();
-    let user = user.unwrap_or_else(postgres::os_user);
+    let user = user(settings);
     let timeout = settings.conninfo.connect_timeout;
     let dials = settings.safekeepers.iter().map(|address| Dial {
         address: address.clone(),

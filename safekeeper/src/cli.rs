@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use safekeeper::config::{Config, DEFAULT_HTTP};
+use safekeeper::fetch_wal::FetchRequest;
 use safekeeper::identity::{DataDir, random_incarnation};
 use safekeeper::logging::{self, LogFormat};
 use safekeeper::server::Server;
@@ -50,6 +51,8 @@ enum Command {
         #[arg(long)]
         data_dir: PathBuf,
     },
+    /// Bring a WAL segment or history file from the safekeepers: a restore_command.
+    FetchWal(FetchArguments),
     /// Check everything in a data directory. Changes nothing; the daemon may be running.
     Verify {
         #[arg(long)]
@@ -102,6 +105,27 @@ struct StatusArguments {
     output: OutputFormat,
 }
 
+#[derive(Debug, Args)]
+#[command(after_help = "\
+restore_command = 'safekeeper fetch-wal %f %p'
+
+Exit codes: 0 done; 1 not there, or not to be had now; 2 wrong usage; 128 stops a recovery that is no \
+standby's and must not take \"I don't know\" for \"there is no more\".")]
+struct FetchArguments {
+    /// Name of the file, %f.
+    file: String,
+    /// Where it is put, %p. The data directory above it names the safekeepers (walproposer.toml).
+    path: PathBuf,
+    /// WAL addresses of safekeepers, instead of those that the data directory names.
+    #[arg(long, value_name = "HOST:PORT[,HOST:PORT...]")]
+    from: Vec<String>,
+    /// The primary's walproposer.cluster_name.
+    #[arg(long, value_name = "NAME")]
+    cluster: Option<String>,
+    #[arg(long, value_name = "NAME")]
+    user: Option<String>,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum OutputFormat {
     Table,
@@ -141,8 +165,22 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
             safekeeper::dump::dump(&data_dir, &mut std::io::stdout().lock())
                 .map_err(Failure::failed)
         }
+        Command::FetchWal(arguments) => fetch_wal(&arguments),
         Command::Verify { data_dir } => verify(&data_dir),
     }
+}
+
+fn fetch_wal(arguments: &FetchArguments) -> Result<(), Failure> {
+    let request = FetchRequest {
+        file: &arguments.file,
+        from: &arguments.from,
+        cluster: arguments.cluster.as_deref(),
+        user: arguments.user.as_deref(),
+    };
+    safekeeper::fetch_wal::fetch_wal(&request, &arguments.path).map_err(|error| Failure {
+        code: error.exit_code(&arguments.path),
+        message: error.message().to_owned(),
+    })
 }
 
 fn init(data_dir: &Path, id: u64) -> Result<(), Failure> {

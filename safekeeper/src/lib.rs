@@ -40,3 +40,7 @@ pub mod http;
 pub mod receive_wal;
 pub mod send_wal;
 pub mod server;
+
+// Who asks other safekeepers.
+pub mod fetch_wal;
+pub mod wal_client;

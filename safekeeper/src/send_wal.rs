@@ -30,7 +30,7 @@
 //! Replication slots are not kept yet; a SLOT clause is answered as for one that does not exist.
 
 use std::os::fd::AsFd;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use safekeeper_protocol::{Lsn, Tli};
@@ -42,15 +42,12 @@ use crate::keeper::{Keeper, Reader};
 use crate::pgwire::{ColumnType, ConnectionError, ErrorReport, Filled, Wait};
 use crate::replication_command::ReplicationCommand;
 use crate::standby_message::{
-    STANDBY_MESSAGE_LEN_MAX, StandbyMessage, decode_standby_message, invalid_tag,
+    STANDBY_MESSAGE_LEN_MAX, StandbyMessage, decode_standby_message, invalid_tag, postgres_time,
 };
 use crate::view::TimelineEnd;
 
 /// Most WAL in one message, in bytes (`MAX_SEND_SIZE`): sixteen pages.
 const SEND_LEN_MAX: u64 = 16 * PAGE_SIZE as u64;
-
-/// Seconds from 1970 to 2000, where Postgres's clock begins.
-const POSTGRES_EPOCH: Duration = Duration::from_secs(946_684_800);
 
 /// Any command but START_WAL_PUSH.
 pub fn run_command(
@@ -479,15 +476,6 @@ fn send_end(begin: Lsn, limit: Lsn) -> Lsn {
         Some(far) if far < limit => far.segment_start(PAGE_SIZE),
         _ => limit,
     }
-}
-
-/// Microseconds since 2000, as Postgres counts.
-fn postgres_time() -> i64 {
-    let since_1970 = SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .unwrap_or_default();
-    let since_2000 = since_1970.saturating_sub(POSTGRES_EPOCH);
-    i64::try_from(since_2000.as_micros()).unwrap_or(i64::MAX)
 }
 
 #[cfg(test)]

@@ -8,6 +8,8 @@
 //! Numbers are big-endian. What stands behind the last field is passed over, as a primary does: a
 //! later version may have more to say. (`ProcessStandbyMessage` in `replication/walsender.c`)
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use safekeeper_protocol::Lsn;
 
 use crate::pgwire::ErrorReport;
@@ -52,6 +54,28 @@ pub fn decode_standby_message(body: &[u8]) -> Result<StandbyMessage, ErrorReport
     }
 }
 
+/// The body of a status from a client of ours: positions written, flushed and applied.
+pub fn encode_status(lsns: [Lsn; 3], out: &mut Vec<u8>) {
+    out.push(b'r');
+    for lsn in lsns {
+        out.extend_from_slice(&lsn.0.to_be_bytes());
+    }
+    out.extend_from_slice(&postgres_time().to_be_bytes());
+    out.push(0);
+}
+
+/// Seconds from 1970 to 2000, where Postgres's clock begins.
+const POSTGRES_EPOCH: Duration = Duration::from_secs(946_684_800);
+
+/// Microseconds since 2000, as Postgres counts.
+pub fn postgres_time() -> i64 {
+    let since_1970 = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
+    let since_2000 = since_1970.saturating_sub(POSTGRES_EPOCH);
+    i64::try_from(since_2000.as_micros()).unwrap_or(i64::MAX)
+}
+
 /// Epoch and transaction id stand the other way round on the wire; 0 means none.
 fn full_xid(wire: u64) -> u64 {
     let (xid, epoch) = (wire >> 32, wire & 0xFFFF_FFFF);
@@ -86,6 +110,19 @@ mod tests {
             flush_lsn: Lsn(2),
             apply_lsn: Lsn(1),
             reply_requested: true,
+        };
+        assert_eq!(decode_standby_message(&body), Ok(status));
+    }
+
+    #[test]
+    fn a_status_of_ours_is_read_as_it_was_meant() {
+        let mut body = Vec::new();
+        encode_status([Lsn(3), Lsn(2), Lsn(1)], &mut body);
+        let status = StandbyMessage::Status {
+            write_lsn: Lsn(3),
+            flush_lsn: Lsn(2),
+            apply_lsn: Lsn(1),
+            reply_requested: false,
         };
         assert_eq!(decode_standby_message(&body), Ok(status));
     }

@@ -1,4 +1,5 @@
-//! What a connection begins with: the startup packet, or one of three requests in its place.
+//! What a connection begins with: the startup packet, or one of three requests in its place. Read
+//! here for those who come to us, and written for our own clients (`wal_client.rs`).
 //!
 //! ```text
 //!   4 code       3 << 16 | minor: startup, then "name\0value\0" pairs and one more "\0"
@@ -34,6 +35,34 @@ pub enum Opening {
     /// It would like a query cancelled; nothing here can be.
     Cancel,
     Startup(Startup),
+}
+
+/// The packet with which a client of ours begins, its length word included. `parameters` are names
+/// and values; `user` must be among them.
+pub fn encode_startup(parameters: &[(&str, &str)]) -> Vec<u8> {
+    let mut packet = vec![0; 4];
+    packet.extend_from_slice(&PROTOCOL_3_0.to_be_bytes());
+    for text in parameters.iter().flat_map(|(name, value)| [name, value]) {
+        // A zero byte inside would end the text early.
+        packet.extend(text.bytes().filter(|byte| *byte != 0));
+        packet.push(0);
+    }
+    packet.push(0);
+    let len = u32::try_from(packet.len()).expect("names and values of a command line are short");
+    packet[..4].copy_from_slice(&len.to_be_bytes());
+    packet
+}
+
+/// The setting that chooses a cluster, for `options`.
+pub fn cluster_option(name: &str) -> String {
+    let mut option = "-c cluster=".to_owned();
+    for c in name.chars() {
+        if c == '\\' || c.is_ascii_whitespace() {
+            option.push('\\');
+        }
+        option.push(c);
+    }
+    option
 }
 
 /// The peer's next packet before the session has begun, if it is here.
@@ -171,6 +200,26 @@ mod tests {
             ("-c cluster=", Some("")),
         ] {
             assert_eq!(cluster_of_options(options).as_deref(), cluster, "{options}");
+        }
+    }
+
+    #[test]
+    fn what_a_client_of_ours_sends_is_what_a_server_reads() {
+        for name in ["main", "a b", "back\\slash", "tab\there", "häuser"] {
+            let options = cluster_option(name);
+            let packet = encode_startup(&[("user", "me"), ("options", &options)]);
+            let len = u32::from_be_bytes([packet[0], packet[1], packet[2], packet[3]]);
+            assert_eq!(len as usize, packet.len());
+            let expected = Startup {
+                user: "me".to_owned(),
+                cluster: Some(name.to_owned()),
+                ..Startup::default()
+            };
+            assert_eq!(
+                parse_opening(&packet[4..]),
+                Ok(Opening::Startup(expected)),
+                "{name}"
+            );
         }
     }
 

@@ -2,6 +2,8 @@
 
 #[path = "server/client.rs"]
 mod client;
+#[path = "server/fetch_wal.rs"]
+mod fetch_wal;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -843,6 +845,27 @@ fn a_donor_is_read_while_the_term_is_its_own() {
     assert!(bytes.is_empty());
 }
 
+/// A proposer that is elected on timeline 2, which begins at `switch`, and the history file it told.
+fn promoted(daemon: &Daemon, switch: Lsn) -> (Proposer, Vec<u8>) {
+    let mut promoted = Proposer::connect(daemon.address(), cluster(1, "main"));
+    promoted.id = ProposerId(8);
+    promoted.greet();
+    promoted.term = Term(3);
+    let vote = promoted.vote();
+    promoted.commit_lsn = vote.commit_lsn;
+    promoted.history = vote
+        .history
+        .succeeded_by(entry(3, 2, switch))
+        .expect("a history");
+    let content = format!("1\t{switch}\tno recovery target specified\n").into_bytes();
+    let file = TimelineFile {
+        tli: Tli(2),
+        content: content.clone(),
+    };
+    promoted.elect(switch, vec![file]);
+    (promoted, content)
+}
+
 #[test]
 fn a_timeline_that_has_ended_is_followed_by_the_next() {
     let daemon = Daemon::start();
@@ -855,24 +878,7 @@ fn a_timeline_that_has_ended_is_followed_by_the_next() {
         .expect("streaming");
     behind.stream_until(LOG_START, switch);
 
-    let mut promoted = Proposer::connect(daemon.address(), cluster(1, "main"));
-    promoted.id = ProposerId(8);
-    promoted.greet();
-    promoted.term = Term(3);
-    let vote = promoted.vote();
-    promoted.commit_lsn = vote.commit_lsn;
-    promoted.history = vote
-        .history
-        .succeeded_by(entry(3, 2, switch))
-        .expect("a history");
-    let content = format!("1\t{switch}\tno recovery target specified\n").into_bytes();
-    promoted.elect(
-        switch,
-        vec![TimelineFile {
-            tli: Tli(2),
-            content: content.clone(),
-        }],
-    );
+    let (mut promoted, content) = promoted(&daemon, switch);
     let mut more = wal.clone();
     more.set_tli(2);
     let first = more.noop(30_000).end_lsn;
