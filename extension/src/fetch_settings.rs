@@ -43,7 +43,7 @@ pub fn store(
         .write(true)
         .create(true)
         .truncate(true)
-        .mode(0o600)
+        .mode(0o640)
         .open(&new_path)?;
     file.write_all(text.as_bytes())?;
     file.sync_all()?;

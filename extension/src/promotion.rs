@@ -161,12 +161,14 @@ impl Drop for Asking {
     fn drop(&mut self) {
         let pid = shmem::with_board(|board| {
             let is_open = board.answered < self.0;
-            if is_open {
+            is_open.then(|| {
                 board.withdrawn = self.0;
-            }
-            board.promoter_pid * i32::from(is_open)
+                board.promoter_pid
+            })
         });
-        pid.filter(|&pid| pid != 0).map(postgres::wake);
+        if let Some(Some(pid)) = pid {
+            postgres::wake(pid);
+        }
     }
 }
 

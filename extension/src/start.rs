@@ -7,9 +7,9 @@
 //! called again when the postmaster restarts its children after a crash.
 //!
 //! ```text
-//!   postmaster    find the log's end ──► fork ───────── wait ──────────► take the term, close the gate
-//!                                         │         obey stop signals        ▲
-//!   candidate                             └─► win a term, compare, complete ─┘ one message on a pipe
+//!   postmaster    fork ────────────────── wait ─────────────────────► take the term, close the gate
+//!                  │                obey stop signals                      ▲
+//!   candidate      └─► find the log's end, win a term, compare, complete ──┘ one message on a pipe
 //! ```
 //!
 //! The postmaster must stay single-threaded, and nothing of ours may crash it. So the work is a
@@ -20,7 +20,7 @@
 //! |---|---|
 //! | nothing to recover | no quorum was ever configured: recovery, and first use by the worker |
 //! | won | recovery of the log, completed if need be; the worker goes on in the won term |
-//! | refused | FATAL: another primary has written, or other bytes; the advice that fits |
+//! | refused | FATAL: another primary has written, or other bytes; the advice that fits. In single-user mode a warning: it recovers, to be rewound |
 //!
 //! The won term is handed over in shared memory, for this start only (S7). Sessions are held until
 //! the recovered WAL is on the quorum (`gate.rs`).
@@ -34,7 +34,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use pgrx::PgSqlErrorCode;
-use safekeeper_protocol::{ClusterIdentity, LocalLog, ProposerSettings, Tli};
+use safekeeper_protocol::{ClusterIdentity, LocalLog, Lsn, ProposerSettings, Tli};
 
 use self::candidate::Candidate;
 use self::local_end::LocalEnd;
@@ -110,6 +110,18 @@ pub fn before_recovery() {
             shmem::hand_over(&won);
             shmem::close_gate();
         }
+        // Nobody can connect, and nothing is acknowledged: this is how pg_rewind and HA managers
+        // recover a crashed server that they are going to rewind.
+        FromCandidate::Refused { reason, hint } if postgres::is_single_user() => {
+            let unled_from = record_unled(&control, load_local_history(&data_dir, system_id));
+            postgres::warning(
+                format!(
+                    "this server must not start as a primary: {reason}; in single-user mode it recovers all the \
+                     same, and its WAL from {unled_from} on is led by no term"
+                ),
+                &hint,
+            );
+        }
         FromCandidate::Refused { reason, hint } => postgres::fatal(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             format!("this server must not start as a primary: {reason}"),
@@ -117,7 +129,7 @@ pub fn before_recovery() {
         ),
         FromCandidate::Failed(reason) => postgres::fatal(
             PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
-            format!("could not ask the safekeepers before recovery: {reason}"),
+            format!("could not find out before recovery whether this server may lead: {reason}"),
             "",
         ),
         FromCandidate::Log(_) => unreachable!("logged while waiting"),
@@ -154,21 +166,9 @@ pub fn is_standby() -> bool {
         .any(|name| data_dir.join(name).exists())
 }
 
-/// The loud override. What is written from here on is no quorum's, until one says so.
+/// The loud override.
 fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
-    let end = local_end(control);
-    let unled_from = local
-        .unled_from
-        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
-    let unled = LocalHistory {
-        unled_from: Some(unled_from),
-        ..local
-    };
-    store_local_history(&unled);
-    // An earlier start may have completed the log and not come to say so.
-    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
-        control.set_in_production();
-    }
+    let unled_from = record_unled(control, local);
     postgres::warning(
         format!(
             "walproposer.start_without_quorum is on: starting without asking the safekeepers; WAL from {unled_from} \
@@ -176,6 +176,23 @@ fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
         ),
         "Switch it off again. If the safekeepers hold more, this server can never lead again.",
     );
+}
+
+/// What is written from here on is no quorum's, until one says so. Returns from where on.
+fn record_unled(control: &postgres::ControlFile, local: LocalHistory) -> Lsn {
+    let end = local_end(control);
+    let unled_from = local
+        .unled_from
+        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
+    store_local_history(&LocalHistory {
+        unled_from: Some(unled_from),
+        ..local
+    });
+    // An earlier start may have completed the log and not come to say so.
+    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
+        control.set_in_production();
+    }
+    unled_from
 }
 
 fn local_end(control: &postgres::ControlFile) -> LocalEnd {
@@ -201,7 +218,6 @@ fn job(
     let data_dir = postgres::data_directory();
     let pg_wal = data_dir.join("pg_wal");
     let (timelines, timeline_files) = load_timelines(&pg_wal, control.tli);
-    let end = local_end(control);
     let format = wal_format();
     let user = user(settings);
     let timeout = settings.conninfo.connect_timeout;
@@ -214,7 +230,7 @@ fn job(
         log: LocalLog {
             history: local.history.clone(),
             tli: Tli(control.tli),
-            end_lsn: end.end_lsn,
+            end_lsn: Lsn::INVALID,
             unled_from: unled_from(&local, &timelines, format.segment_size),
             timeline_files,
             configuration: local.configuration.clone(),
@@ -237,7 +253,8 @@ fn job(
         format,
         timelines,
         local,
-        end,
+        redo_lsn: control.redo_lsn,
+        checkpoint_lsn: control.checkpoint_lsn,
     }
 }
 

@@ -133,6 +133,16 @@ impl Postgres {
         fs::write(&path, text).expect("could not write a configuration");
     }
 
+    /// Gets WAL by `safekeeper fetch-wal`, from those that the extension has named.
+    pub fn restore_by_fetch_wal(&self) {
+        let program = Programs::safekeeper();
+        self.configure(&format!(
+            "restore_command = '{} fetch-wal %f %p'",
+            program.display()
+        ));
+        self.configure("wal_retrieve_retry_interval = '200ms'");
+    }
+
     /// Creates an empty file in the data directory, such as standby.signal.
     pub fn touch(&self, name: &str) {
         let path = self.data.join(name);

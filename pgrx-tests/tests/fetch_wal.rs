@@ -10,7 +10,6 @@ use cluster_tests::place::Programs;
 use cluster_tests::poll::{SOON, never_within, wait_until};
 use cluster_tests::postgres::{Postgres, Stop};
 use cluster_tests::process::{run, run_ok};
-use safekeeper_protocol::Lsn;
 
 /// A base backup without WAL, long behind the primary, whose segments the primary has removed: it
 /// becomes a hot standby by what the safekeepers hold, follows to the primary's very position, also
@@ -32,7 +31,7 @@ fn a_base_backup_follows_by_its_restore_command_alone() {
     let reaches_primary = |standby: &Postgres| {
         let end = cluster.primary.flush_lsn();
         let what = format!("the standby has replayed up to {end}");
-        wait_until(&what, SOON, || replayed(standby) >= end);
+        wait_until(&what, SOON, || standby.replay_lsn() >= end);
     };
     reaches_primary(&standby);
     for n in 2..5 {
@@ -67,7 +66,7 @@ fn a_base_backup_follows_by_its_restore_command_alone() {
     cluster.safekeepers[1].process().pause();
     standby.start();
     wait_until("the standby has it from the last one", SOON, || {
-        replayed(&standby) >= end
+        standby.replay_lsn() >= end
     });
     assert_eq!(standby.value("select count(*) from t"), "5");
     standby.stop(Stop::Fast);
@@ -90,7 +89,7 @@ fn a_base_backup_follows_by_its_restore_command_alone() {
 #[test]
 fn a_file_that_nobody_has_is_not_there() {
     let mut cluster = Cluster::start();
-    let standby = backup(&cluster, "standby");
+    let mut standby = backup(&cluster, "standby");
     let before = names(&standby.wal_dir());
     for file in [
         "0000000100000000000000FF",
@@ -112,6 +111,11 @@ fn a_file_that_nobody_has_is_not_there() {
     // A recovery that would take that for the end is stopped instead.
     standby.touch("recovery.signal");
     assert_eq!(fetch(&standby, "000000010000000000000001").0, 128);
+    let log = standby.start_refused();
+    assert!(
+        log.contains("from archive: child process exited with exit code 128"),
+        "{log}"
+    );
     fs::remove_file(standby.data().join("walproposer.toml")).expect("it was copied");
     fs::remove_file(standby.data().join("recovery.signal")).expect("just made");
     let (code, text) = fetch(&standby, "000000010000000000000001");
@@ -184,7 +188,7 @@ fn a_clone_of_an_earlier_point_leads_nobody_and_can_be_rewound() {
     clone.touch("standby.signal");
     clone.start();
     let end = cluster.primary.flush_lsn();
-    wait_until("the clone is a standby", SOON, || replayed(&clone) >= end);
+    wait_until("the clone is a standby", SOON, || clone.replay_lsn() >= end);
     let count = "select count(*) from t";
     assert_eq!(clone.value(count), cluster.primary.value(count));
     assert_eq!(
@@ -195,14 +199,12 @@ fn a_clone_of_an_earlier_point_leads_nobody_and_can_be_rewound() {
 
 /// `pg_rewind -c` of a server that was killed.
 fn rewind(cluster: &Cluster, target: &Postgres) {
-    // pg_rewind would recover it by itself, and the extension would refuse that start.
-    let mut recover = target.program("postgres");
-    recover.args(["--single", "-F", "-c", "shared_preload_libraries="]);
-    recover.arg("-D").arg(target.data()).arg("template1");
-    run_ok(recover);
-    // As if it had run for long: what it needs lies on the safekeepers only.
-    let control = first_segment_since_backup(target);
-    fs::remove_file(target.wal_dir().join(&control)).expect("a segment of the base backup");
+    // As if it had run for long: what it needs of the old timeline lies on the safekeepers only.
+    for name in names(&target.wal_dir()) {
+        if name.len() == 24 && name.starts_with("00000001") {
+            fs::remove_file(target.wal_dir().join(name)).expect("just seen");
+        }
+    }
     let mut rewind = target.program("pg_rewind");
     rewind.args(["--restore-target-wal", "--no-sync", "--target-pgdata"]);
     rewind.arg(target.data());
@@ -219,28 +221,14 @@ fn rewind(cluster: &Cluster, target: &Postgres) {
         "unix_socket_directories = '{}'",
         target.socket_dir().display()
     ));
-    configure_restore(target);
-}
-
-/// The segment in which the recovery from the base backup began.
-fn first_segment_since_backup(postgres: &Postgres) -> String {
-    let label = fs::read_to_string(postgres.data().join("backup_label.old"));
-    segment_of_label(&label.expect("a backup was recovered"))
+    target.restore_by_fetch_wal();
 }
 
 /// A base backup without WAL, which gets it by fetch-wal.
 fn backup(cluster: &Cluster, name: &str) -> Postgres {
     let backup = Postgres::base_backup_of(&cluster.primary, &cluster.dir, name);
-    configure_restore(&backup);
+    backup.restore_by_fetch_wal();
     backup
-}
-
-fn configure_restore(postgres: &Postgres) {
-    postgres.configure(&format!(
-        "restore_command = '{} fetch-wal %f %p'",
-        Programs::safekeeper().display()
-    ));
-    postgres.configure("wal_retrieve_retry_interval = '200ms'");
 }
 
 /// Three segments' worth of WAL, committed, and a checkpoint after each: the oldest are removed.
@@ -268,10 +256,6 @@ fn segment_of_label(label: &str) -> String {
         .split_once("(file ")
         .and_then(|(_, rest)| rest.split_once(')'));
     name.expect("a start").0.to_owned()
-}
-
-fn replayed(standby: &Postgres) -> Lsn {
-    standby.lsn("select coalesce(pg_last_wal_replay_lsn(), '0/0')")
 }
 
 fn log_lines(postgres: &Postgres, text: &str) -> usize {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use cluster_tests::Cluster;
 use cluster_tests::poll::{SOON, never_within, wait_until};
 use cluster_tests::postgres::{Postgres, Stop};
+use cluster_tests::process::run_ok;
 use safekeeper_protocol::Lsn;
 
 /// A disk that lied about its cache: the last part of the local WAL is gone after a power cut, while
@@ -272,6 +273,39 @@ fn a_start_is_refused_where_another_primary_has_reigned() {
 
     second.sql("insert into t values ('second')");
     assert_eq!(term(&second), reign, "a refused start disturbed the reign");
+}
+
+/// pg_rewind and HA managers recover a crashed server in single-user mode before they rewind it. There
+/// a refusal is a warning. The next start is refused as before, and what was written does not count.
+#[test]
+fn in_single_user_mode_a_refused_server_recovers_and_stays_refused() {
+    let mut cluster = Cluster::start();
+    cluster.primary.sql("create table t (who text)");
+    cluster.wait_all_caught_up(SOON);
+    cluster.primary.stop(Stop::Immediate);
+    let mut second = Postgres::copy_of(&cluster.primary, &cluster.dir, "second");
+    second.start();
+    wait_until("the second leads", SOON, || {
+        second.try_sql("insert into t values ('second')").is_ok()
+    });
+    let reign = second.value("select term from pg_stat_walproposer");
+    for _ in 0..2 {
+        let mut single = cluster.primary.program("postgres");
+        single.args(["--single", "-F", "-D"]);
+        single.arg(cluster.primary.data()).arg("template1");
+        let output = run_ok(single);
+        let warned = "in single-user mode it recovers all the same";
+        assert!(output.contains(warned), "{output}");
+        let log = cluster.primary.start_refused();
+        assert!(
+            log.contains("this server must not start as a primary"),
+            "{log}"
+        );
+        assert!(log.contains("written without a term from"), "{log}");
+    }
+    second.sql("insert into t values ('second')");
+    let now = second.value("select term from pg_stat_walproposer");
+    assert_eq!(now, reign, "it disturbed the reign");
 }
 
 /// Zeroes `begin..end` of `pg_wal`, as a disk cache that was lost.

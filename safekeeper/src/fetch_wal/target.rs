@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 /// Ending of temporary files.
 const ENDING: &str = ".fetching";
 
-const ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
+static ZEROS: [u8; 64 * 1024] = [0; 64 * 1024];
 
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -86,7 +86,8 @@ impl Target {
             .read(true)
             .write(true)
             .create_new(true)
-            .mode(0o600)
+            // What Postgres's umask lets a group read, this may be read by it, too.
+            .mode(0o640)
             .open(&path)?;
         let temporary = Temporary {
             target: self,

@@ -8,6 +8,20 @@ use super::*;
 
 const PATIENCE: Duration = Duration::from_millis(400);
 
+/// The same, that says no more and hangs up.
+fn peer_that_hangs_up(script: Vec<u8>) -> (String, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound").to_string();
+    let thread = std::thread::spawn(move || {
+        let (mut socket, _) = listener.accept().expect("a client");
+        let _ = socket.write_all(&script);
+        let _ = socket.shutdown(std::net::Shutdown::Write);
+        // To close with something unread would take back what was said.
+        let _ = socket.read_to_end(&mut Vec::new());
+    });
+    (address, thread)
+}
+
 /// A peer that accepts one connection, says `script` at once, and then reads until the end.
 /// The address, and what it was told.
 fn peer(script: Vec<u8>) -> (String, JoinHandle<Vec<u8>>) {
@@ -279,6 +293,80 @@ fn a_stream_must_go_on_where_it_was() {
         stream.next_event(PATIENCE)
     });
     assert!(matches!(event, Ok(Some(WalEvent::TimelineEnd(end))) if end.next_tli == Tli(2)));
+}
+
+/// All that can be asked, of one peer.
+fn ask_everything(address: String) -> Asked<Vec<u8>> {
+    let mut client = WalClient::connect(&config(address))?;
+    client.identify_system()?;
+    client.segment_size()?;
+    client.timeline_history(Tli(2))?;
+    let mut stream = client.start_replication(Lsn(0x100), Tli(1))?;
+    let mut bytes = Vec::new();
+    loop {
+        let position = stream.position();
+        match stream.next_event(PATIENCE)? {
+            Some(WalEvent::Wal { begin_lsn, wal }) => {
+                assert_eq!(begin_lsn, position);
+                assert!(!wal.is_empty());
+                assert_eq!(stream.position(), position + wal.len() as u64);
+                bytes.extend(wal);
+            }
+            Some(WalEvent::Keepalive { .. }) => {}
+            Some(WalEvent::TimelineEnd(end)) => {
+                assert_eq!(end.end_lsn, stream.position());
+                return Ok(bytes);
+            }
+            None => return Err(ClientError::TimedOut(PATIENCE)),
+        }
+    }
+}
+
+/// A whole session's answers.
+fn session() -> Vec<u8> {
+    let script = [
+        welcome(),
+        result(&[Some("7"), Some("2"), Some("0/5000100"), None]),
+        result(&[Some("16MB")]),
+        result(&[Some("00000002.history"), Some("1\t0/300\tx\n")]),
+        message(b'W', &[0, 0, 0]),
+        wal(0x100, b"abc"),
+        wal(0x103, &[7; 300]),
+        message(b'c', b""),
+        row(&[Some("2"), Some("0/22F")]),
+        message(b'Z', b"I"),
+    ];
+    script.concat()
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(300))]
+
+    /// Whatever is changed in it, or wherever it breaks off: an answer or an error, in time.
+    #[test]
+    fn damaged_answers_do_no_harm(
+        changes in proptest::collection::vec((0usize..10_000, 0u8..=255), 1..4),
+        len in 0usize..1500,
+    ) {
+        let mut script = session();
+        for (at, byte) in changes {
+            let at = at % script.len();
+            script[at] = byte;
+        }
+        script.truncate(len.max(script.len() / 2));
+        let (address, thread) = peer_that_hangs_up(script);
+        let started = Instant::now();
+        let _ = ask_everything(address);
+        assert!(started.elapsed() < Duration::from_secs(5));
+        thread.join().expect("no panic");
+    }
+}
+
+#[test]
+fn an_undamaged_session_is_taken_in() {
+    let (address, thread) = peer_that_hangs_up(session());
+    assert_eq!(ask_everything(address).expect("sound").len(), 303);
+    thread.join().expect("no panic");
 }
 
 #[test]
