@@ -9,6 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cluster_tests::link::Link;
+use cluster_tests::place::Programs;
 use cluster_tests::poll::{SOON, wait_for, wait_until};
 use cluster_tests::postgres::{Postgres, describe, text_rows};
 use cluster_tests::safekeeper::Safekeeper;
@@ -47,7 +48,7 @@ impl Hosts {
         let mut cluster = Cluster::prepare_named("host1", &["--data-checksums"]);
         let links = [links_to(&cluster), links_to(&cluster)];
         cluster.primary.configure(SETTINGS);
-        settle_in(&cluster.primary, &links[0]);
+        settle_in(&cluster.primary, &links[0], &cluster);
         cluster.start_all();
         let standby = Postgres::base_backup_of(&cluster.primary, &cluster.dir, "host2");
         let mut hosts = Hosts {
@@ -119,7 +120,7 @@ impl Hosts {
 
     /// Whatever its files say of another host, it lives here and follows the safekeepers.
     pub fn start_standby(&mut self) {
-        settle_in(&self.standby, &self.links[1]);
+        settle_in(&self.standby, &self.links[1], &self.cluster);
         self.cluster.follow_safekeepers(&self.standby);
         self.standby.start();
     }
@@ -173,13 +174,6 @@ impl Hosts {
             Err(_) => TimelineHistory::root(tli),
         }
     }
-
-    /// For `--from` of `safekeeper fetch-wal`.
-    pub fn safekeeper_list(&self) -> String {
-        let addresses = self.cluster.safekeepers.iter().map(Safekeeper::address);
-        let addresses: Vec<_> = addresses.map(|address| address.to_string()).collect();
-        addresses.join(",")
-    }
 }
 
 /// Again and again, until it is done or nobody listens.
@@ -213,7 +207,19 @@ fn links_to(cluster: &Cluster) -> Vec<Link> {
 
 /// What a server's configuration says of its host. Files that come from the other host, by
 /// pg_basebackup or pg_rewind, say the other's.
-fn settle_in(server: &Postgres, links: &[Link]) {
+///
+/// Each has a restore_command, as the documentation wants it. It is not for pg_rewind alone: that
+/// leaves the old primary's own last segment in pg_wal, dead tail and all, and a standby that finds
+/// no segment of the newer timeline, because the new primary has removed it by then, replays it.
+/// Recovery looks for the newer timeline first, and asks the safekeepers before pg_wal.
+fn settle_in(server: &Postgres, links: &[Link], cluster: &Cluster) {
+    let safekeepers = cluster.safekeepers.iter().map(Safekeeper::address);
+    let safekeepers: Vec<_> = safekeepers.map(|address| address.to_string()).collect();
+    server.configure(&format!(
+        "restore_command = '{} fetch-wal --from {} %f %p'",
+        Programs::safekeeper().display(),
+        safekeepers.join(","),
+    ));
     server.configure(&format!(
         "unix_socket_directories = '{}'",
         server.socket_dir().display()

@@ -53,12 +53,6 @@ impl Hosts {
     }
 
     fn rewind(&mut self) -> Way {
-        let restore = format!(
-            "restore_command = '{} fetch-wal --from {} %f %p'",
-            Programs::safekeeper().display(),
-            self.safekeeper_list()
-        );
-        self.standby().configure(&restore);
         // Before PostgreSQL 16 it takes the source's timeline from the control file, where the end
         // of recovery has not put it yet.
         self.primary().sql("checkpoint");
