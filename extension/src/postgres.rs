@@ -26,6 +26,9 @@ pub type ClientAuthentication_hook_type =
 unsafe extern "C-unwind" {
     pub static mut ClientAuthentication_hook: ClientAuthentication_hook_type;
 
+    /// Reports what fails in the log, and raises nothing. (`xlogarchive.h`)
+    fn XLogArchiveNotify(xlog: *const c_char);
+
     // pgrx wraps these; here the bare functions are needed. The last one, so that an ERROR in a
     // command passes as it is.
     pub fn SignalHandlerForShutdownRequest(signal: c_int);
@@ -190,6 +193,59 @@ pub fn end_recovery() -> std::io::Result<()> {
     match unsafe { libc::kill(pg_sys::PostmasterPid, libc::SIGUSR1) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Asks the process that receives WAL to end; whether there is none. Another one is started after
+/// `wal_retrieve_retry_interval`.
+pub fn end_receiver() -> bool {
+    // SAFETY: a structure in shared memory; the number is read under its lock.
+    let pid = unsafe {
+        let receiver = pg_sys::WalRcv;
+        pg_sys::SpinLockAcquire(&raw mut (*receiver).mutex);
+        let pid = (*receiver).pid;
+        pg_sys::SpinLockRelease(&raw mut (*receiver).mutex);
+        pid
+    };
+    if pid != 0 {
+        // SAFETY: a process of this server's, or one that has just ended.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+    }
+    pid == 0
+}
+
+/// Has replay cancelled this session, because it could see what is to be removed?
+pub fn is_cancelled_by_replay() -> bool {
+    // SAFETY: our own structure, which startup sets the flag in before it signals us.
+    unsafe { !pg_sys::MyProc.is_null() && (*pg_sys::MyProc).recoveryConflictPending }
+}
+
+/// Replay may remove what this statement could see: it reads nothing any more. Outside a transaction
+/// block only, where a later statement could.
+pub fn give_snapshot_up() {
+    // SAFETY: looks at the transaction's state; our own structure, whose field others only read.
+    // `SnapshotResetXmin` and `GetSnapshotData` take an invalid number for none.
+    unsafe {
+        if !pg_sys::IsTransactionBlock() {
+            (*pg_sys::MyProc).xmin = pg_sys::InvalidTransactionId;
+        }
+    }
+}
+
+/// Is there such a session or worker?
+pub fn is_there(pid: i32) -> bool {
+    // SAFETY: looks for the process under a lock.
+    unsafe { !pg_sys::BackendPidGetProc(pid).is_null() }
+}
+
+/// Has the archiver take a file of `pg_wal`, if there is an archiver.
+pub fn archive(name: &str) {
+    let name = CString::new(name).expect("a file's name");
+    // SAFETY: a setting; a C string that is copied.
+    unsafe {
+        if pg_sys::XLogArchiveMode > pg_sys::ArchiveMode::ARCHIVE_MODE_OFF as i32 {
+            XLogArchiveNotify(name.as_ptr());
+        }
     }
 }
 

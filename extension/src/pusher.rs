@@ -63,7 +63,7 @@ pub struct Pusher {
     actions: Vec<ProposerAction>,
     /// What a standby has to do next to be promoted.
     promotion_step: Option<PromotionStep>,
-    last_look: Option<LastLook>,
+    last_look: LastLook,
 
     greeting: ProposerGreeting,
     data_dir: PathBuf,
@@ -89,6 +89,7 @@ pub struct Pusher {
     slot_due_ms: u64,
 
     waker: Waker,
+    member_timeout_ms: u64,
     started: Instant,
     status: Box<Status>,
     /// The last reason for not leading that was logged.
@@ -182,7 +183,7 @@ impl Pusher {
             comparison: None,
             actions,
             promotion_step: None,
-            last_look: None,
+            last_look: LastLook::default(),
             greeting: ProposerGreeting {
                 proposer_id: local.proposer_id,
                 cluster,
@@ -202,6 +203,7 @@ impl Pusher {
             slot_obstacle: String::new(),
             slot_due_ms: 0,
             waker,
+            member_timeout_ms: millis(settings.member_timeout),
             started: Instant::now(),
             status: Box::new(Status::EMPTY),
             logged_wait: String::new(),

@@ -62,10 +62,11 @@ pub fn before_recovery() {
     leave_fetch_settings(&settings);
     promoter::remove_placeholders(&data_dir.join("pg_wal"));
     if is_standby() {
-        return forget_reigns();
+        return become_standby();
     }
     let control = postgres::ControlFile::read();
     let local = load_local_history(&data_dir, system_id);
+    refuse_half_a_promotion(&control, &local);
     if settings::start_without_quorum() {
         return start_alone(&control, local);
     }
@@ -85,7 +86,7 @@ pub fn before_recovery() {
     };
     // An administrator may have seen what it waits for, and decided.
     if is_standby() {
-        return forget_reigns();
+        return become_standby();
     }
     match last_word {
         FromCandidate::NothingToRecover => {
@@ -158,8 +159,32 @@ fn user(settings: &Settings) -> String {
     user.unwrap_or_else(postgres::os_user)
 }
 
+/// Nobody's wish to end recovery outlives the server that it was told. Postgres itself removes the
+/// file only when the postmaster starts.
+fn become_standby() {
+    forget_reigns();
+    let _ = std::fs::remove_file(postgres::data_directory().join("promote"));
+}
+
+/// When recovery ends, `standby.signal` goes a moment before the new timeline is noted in the control
+/// file. A server that died in between would go on writing on the old timeline, in the name of a
+/// reign that was won for the new one.
+fn refuse_half_a_promotion(control: &postgres::ControlFile, local: &LocalHistory) {
+    let claimed = local.history.last().map_or(0, |reign| reign.tli.0);
+    if claimed > control.tli {
+        postgres::fatal(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!(
+                "this server must not start as a primary: it died while it was promoted to timeline {claimed}, and                  is on timeline {} still",
+                control.tli
+            ),
+            "Create \"standby.signal\", start this server as a standby, and promote it again.",
+        );
+    }
+}
+
 /// It recovers to no end of its own: another server's WAL, or up to a point in time.
-pub fn is_standby() -> bool {
+fn is_standby() -> bool {
     let data_dir = postgres::data_directory();
     ["standby.signal", "recovery.signal"]
         .iter()

@@ -29,7 +29,7 @@ use crate::shmem::{self, Status};
 use crate::threads::{WakeReceiver, Waker, waker};
 use crate::wait_set::WaitSet;
 use crate::wal_sender_slot::{APPLICATION_NAME, WalSenderSlot, count_others};
-use crate::{postgres, promoter, start};
+use crate::{postgres, promoter};
 
 const NAME: &CStr = c"walproposer";
 const ENTRY: &CStr = c"walproposer_main";
@@ -43,10 +43,9 @@ const POLL_MS: u64 = 50;
 pub fn register() {
     let when_recovered = pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished;
     register_process(NAME, ENTRY, when_recovered);
-    if start::is_standby() {
-        let when_consistent = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
-        register_process(promoter::NAME, promoter::ENTRY, when_consistent);
-    }
+    // Of use on a standby only; elsewhere it ends at once.
+    let when_consistent = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
+    register_process(promoter::NAME, promoter::ENTRY, when_consistent);
 }
 
 fn register_process(name: &CStr, entry: &CStr, start: pg_sys::BgWorkerStartTime::Type) {
