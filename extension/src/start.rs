@@ -7,9 +7,9 @@
 //! called again when the postmaster restarts its children after a crash.
 //!
 //! ```text
-//!   postmaster    find the log's end ──► fork ───────── wait ──────────► take the term, close the gate
-//!                                         │         obey stop signals        ▲
-//!   candidate                             └─► win a term, compare, complete ─┘ one message on a pipe
+//!   postmaster    fork ────────────────── wait ─────────────────────► take the term, close the gate
+//!                  │                obey stop signals                      ▲
+//!   candidate      └─► find the log's end, win a term, compare, complete ──┘ one message on a pipe
 //! ```
 //!
 //! The postmaster must stay single-threaded, and nothing of ours may crash it. So the work is a
@@ -117,7 +117,7 @@ pub fn before_recovery() {
         ),
         FromCandidate::Failed(reason) => postgres::fatal(
             PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
-            format!("could not ask the safekeepers before recovery: {reason}"),
+            format!("could not find out before recovery whether this server may lead: {reason}"),
             "",
         ),
         FromCandidate::Log(_) => unreachable!("logged while waiting"),
@@ -201,7 +201,6 @@ fn job(
     let data_dir = postgres::data_directory();
     let pg_wal = data_dir.join("pg_wal");
     let (timelines, timeline_files) = load_timelines(&pg_wal, control.tli);
-    let end = local_end(control);
     let format = wal_format();
     let user = user(settings);
     let timeout = settings.conninfo.connect_timeout;
@@ -214,7 +213,7 @@ fn job(
         log: LocalLog {
             history: local.history.clone(),
             tli: Tli(control.tli),
-            end_lsn: end.end_lsn,
+            end_lsn: Lsn::INVALID,
             unled_from: unled_from(&local, &timelines, format.segment_size),
             timeline_files,
             configuration: local.configuration.clone(),
@@ -237,7 +236,8 @@ fn job(
         format,
         timelines,
         local,
-        end,
+        redo_lsn: control.redo_lsn,
+        checkpoint_lsn: control.checkpoint_lsn,
     }
 }
 

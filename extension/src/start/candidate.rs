@@ -21,7 +21,7 @@ use safekeeper_protocol::{
 };
 use safekeeper_wal::{TimelineHistory, WalFormat};
 
-use super::local_end::LocalEnd;
+use super::local_end::{self, LocalEnd};
 use super::message::FromCandidate;
 use crate::compare::{Comparison, ComparisonEvent, Stretch};
 use crate::completion::{Completion, CompletionEvent};
@@ -41,9 +41,12 @@ const LAST_CHANCE: Duration = Duration::from_secs(3);
 /// All that it needs to know, gathered by the postmaster.
 pub struct Job {
     pub settings: ProposerSettings,
+    /// Its end is still to be found: that takes a while, in which stop signals must be obeyed.
     pub log: LocalLog,
     pub local: LocalHistory,
-    pub end: LocalEnd,
+    /// Where recovery begins, and the record of the last checkpoint.
+    pub redo_lsn: Lsn,
+    pub checkpoint_lsn: Lsn,
     /// One for each peer of `settings`.
     pub dials: Vec<Dial>,
     pub data_dir: PathBuf,
@@ -86,7 +89,17 @@ impl Candidate {
                 return FromCandidate::Failed(format!("could not create a socket pair: {error}"));
             }
         };
-        let mut campaign = Campaign::new(self.job, waker);
+        let found = local_end::find(
+            &self.job.data_dir.join("pg_wal"),
+            self.job.format,
+            self.job.timelines.clone(),
+            self.job.redo_lsn,
+            self.job.checkpoint_lsn,
+        );
+        let mut campaign = match found {
+            Ok(end) => Campaign::new(self.job, end, waker),
+            Err(error) => return FromCandidate::Failed(error.to_string()),
+        };
         loop {
             receiver.clear();
             campaign.turn();
@@ -104,6 +117,7 @@ impl Candidate {
 
 struct Campaign {
     job: Job,
+    end: LocalEnd,
     proposer: Proposer,
     peers: Vec<Peer>,
     greeting: ProposerGreeting,
@@ -123,16 +137,11 @@ struct Campaign {
 }
 
 impl Campaign {
-    fn new(job: Job, waker: Waker) -> Campaign {
+    fn new(mut job: Job, end: LocalEnd, waker: Waker) -> Campaign {
+        job.log.end_lsn = end.end_lsn;
         let pg_wal = job.data_dir.join("pg_wal");
         // Nothing is removed before recovery.
-        let source = WalSource::new(
-            pg_wal,
-            job.format,
-            job.timelines.clone(),
-            job.end.end_lsn,
-            || 0,
-        );
+        let source = WalSource::new(pg_wal, job.format, job.timelines.clone(), end.end_lsn, || 0);
         Campaign {
             proposer: Proposer::new(
                 job.settings.clone(),
@@ -146,6 +155,7 @@ impl Campaign {
                 cluster: job.settings.cluster.clone(),
             },
             job,
+            end,
             source,
             comparison: None,
             completion: None,
@@ -337,11 +347,11 @@ impl Campaign {
             }
             ProposerAction::Lead { .. } => {
                 if let Some(won) = self.proposer.hand_over() {
-                    let end_lsn = self.job.end.end_lsn + self.completed;
+                    let end_lsn = self.end.end_lsn + self.completed;
                     self.outcome = Some(FromCandidate::Won {
                         won,
                         completed: self.completed,
-                        is_beyond_checkpoint: end_lsn > self.job.end.checkpoint_end_lsn,
+                        is_beyond_checkpoint: end_lsn > self.end.checkpoint_end_lsn,
                     });
                 }
             }
@@ -466,7 +476,7 @@ impl Campaign {
         }
         let started = Donor::start(request, self.waker.clone()).map_err(|error| error.to_string());
         let pg_wal = self.job.data_dir.join("pg_wal");
-        let last_record = self.job.end.last_record.filter(|_| self.completed == 0);
+        let last_record = self.end.last_record.filter(|_| self.completed == 0);
         let begun = started.map(|donor| {
             Completion::new(
                 donor,
