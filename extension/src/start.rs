@@ -34,7 +34,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use pgrx::PgSqlErrorCode;
-use safekeeper_protocol::{ClusterIdentity, LocalLog, ProposerSettings, Tli};
+use safekeeper_protocol::{ClusterIdentity, LocalLog, Lsn, ProposerSettings, Tli};
 
 use self::candidate::Candidate;
 use self::local_end::LocalEnd;
