@@ -144,12 +144,6 @@ pub fn flush_wal(lsn: Lsn) {
     unsafe { pg_sys::XLogFlush(lsn.0) }
 }
 
-/// `postgres --single`: no postmaster, no other session.
-pub fn is_single_user() -> bool {
-    // SAFETY: variables of this process, set before any library is loaded.
-    unsafe { !pg_sys::IsPostmasterEnvironment && !pg_sys::IsUnderPostmaster }
-}
-
 /// Has this server not ended recovery yet? A standby never has.
 pub fn in_recovery() -> bool {
     // SAFETY: reads shared memory that every process is attached to.

@@ -20,7 +20,7 @@
 //! |---|---|
 //! | nothing to recover | no quorum was ever configured: recovery, and first use by the worker |
 //! | won | recovery of the log, completed if need be; the worker goes on in the won term |
-//! | refused | FATAL: another primary has written, or other bytes; the advice that fits. In single-user mode a warning: it recovers, to be rewound |
+//! | refused | FATAL: another primary has written, or other bytes; the advice that fits |
 //!
 //! The won term is handed over in shared memory, for this start only (S7). Sessions are held until
 //! the recovered WAL is on the quorum (`gate.rs`).
@@ -111,18 +111,6 @@ pub fn before_recovery() {
             shmem::hand_over(&won);
             shmem::close_gate();
         }
-        // Nobody can connect, and nothing is acknowledged: this is how pg_rewind and HA managers
-        // recover a crashed server that they are going to rewind.
-        FromCandidate::Refused { reason, hint } if postgres::is_single_user() => {
-            let unled_from = record_unled(&control, load_local_history(&data_dir, system_id));
-            postgres::warning(
-                format!(
-                    "this server must not start as a primary: {reason}; in single-user mode it recovers all the \
-                     same, and its WAL from {unled_from} on is led by no term"
-                ),
-                &hint,
-            );
-        }
         FromCandidate::Refused { reason, hint } => postgres::fatal(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             format!("this server must not start as a primary: {reason}"),
@@ -191,9 +179,21 @@ fn is_standby() -> bool {
         .any(|name| data_dir.join(name).exists())
 }
 
-/// The loud override.
+/// The loud override. What is written from here on is no quorum's, until one says so.
 fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
-    let unled_from = record_unled(control, local);
+    let end = local_end(control);
+    let unled_from = local
+        .unled_from
+        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
+    let unled = LocalHistory {
+        unled_from: Some(unled_from),
+        ..local
+    };
+    store_local_history(&unled);
+    // An earlier start may have completed the log and not come to say so.
+    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
+        control.set_in_production();
+    }
     postgres::warning(
         format!(
             "walproposer.start_without_quorum is on: starting without asking the safekeepers; WAL from {unled_from} \
@@ -201,23 +201,6 @@ fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
         ),
         "Switch it off again. If the safekeepers hold more, this server can never lead again.",
     );
-}
-
-/// What is written from here on is no quorum's, until one says so. Returns from where on.
-fn record_unled(control: &postgres::ControlFile, local: LocalHistory) -> Lsn {
-    let end = local_end(control);
-    let unled_from = local
-        .unled_from
-        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
-    store_local_history(&LocalHistory {
-        unled_from: Some(unled_from),
-        ..local
-    });
-    // An earlier start may have completed the log and not come to say so.
-    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
-        control.set_in_production();
-    }
-    unled_from
 }
 
 fn local_end(control: &postgres::ControlFile) -> LocalEnd {
