@@ -13,11 +13,12 @@
 //! election.
 //!
 //! The parts: `connections.rs` what comes in, `actions.rs` what the proposer wants done, `sending.rs`
-//! what goes out, `standing.rs` the replication slot and the views. Not here: signals, sleeping,
+//! what goes out, `standing.rs` the replication slot and the views, `handing_over.rs` the end. Not here: signals, sleeping,
 //! shutdown (`worker.rs`).
 
 mod actions;
 mod connections;
+mod handing_over;
 mod sending;
 mod standing;
 
@@ -60,7 +61,8 @@ pub struct Pusher {
     tli: u32,
     segment_size: SegmentSize,
 
-    wal_sender: WalSenderSlot,
+    /// None in the last sender: no commit waits any more.
+    wal_sender: Option<WalSenderSlot>,
     positions: Positions,
     /// Of the quorum: from the first time WAL goes out to its commit.
     lag: Lag,
@@ -89,8 +91,9 @@ struct Member {
 }
 
 impl Pusher {
-    /// Reads what the data directory says. Postgres has recovered and accepts writes.
-    pub fn new(settings: &Settings, wal_sender: WalSenderSlot, waker: Waker) -> Pusher {
+    /// Reads what the data directory says. Postgres has recovered and accepts writes; or it has
+    /// stopped doing so, and there is no WAL sender slot to be given.
+    pub fn new(settings: &Settings, wal_sender: Option<WalSenderSlot>, waker: Waker) -> Pusher {
         let system_id = postgres::system_id();
         let segment_size = SegmentSize::new(postgres::wal_segment_size())
             .expect("Postgres has checked its own segment size");
@@ -163,7 +166,6 @@ impl Pusher {
             local,
             tli,
             segment_size,
-            wal_sender,
             positions: Positions::default(),
             lag: Lag::default(),
             is_streaming: false,
@@ -171,7 +173,8 @@ impl Pusher {
             slot: None,
             slot_name: settings.slot_name.clone(),
             slot_obstacle: String::new(),
-            slot_due_ms: 0,
+            slot_due_ms: if wal_sender.is_some() { 0 } else { u64::MAX },
+            wal_sender,
             waker,
             started,
             status: Box::new(Status::EMPTY),
@@ -248,8 +251,8 @@ impl Pusher {
     }
 
     pub fn on_reload(&self) {
-        if self.is_streaming {
-            self.wal_sender.on_reload();
+        if let Some(wal_sender) = self.wal_sender.as_ref().filter(|_| self.is_streaming) {
+            wal_sender.on_reload();
         }
     }
 }

@@ -3,10 +3,11 @@
 //! | what | written by | read by |
 //! |---|---|---|
 //! | `commit_lsn` | worker, before it releases commits | every committing backend, `walproposer_wait_commit` |
-//! | `waits_cancelled` | backends whose wait was cancelled | the view |
+//! | `waits_cancelled` | backends whose wait ended without the quorum | the view |
 //! | `wal_senders` | connections that are WAL senders | the next one |
 //! | the gate | postmaster, before recovery; worker | sessions that are being authenticated |
-//! | the won term | postmaster, before recovery | the worker, once |
+//! | the won term | postmaster, before recovery; worker, at a stop | the worker, the last sender, once |
+//! | `stop` | see `stop/shared.rs` | |
 //! | [`Status`] | worker, under a lock, before it goes to sleep | the views |
 //!
 //! It is made anew when the server starts and after a crash-restart, and survives a restart of the
@@ -20,6 +21,7 @@ use pgrx::{pg_guard, pg_sys};
 use safekeeper_protocol::{Configuration, Lsn, WonTerm};
 
 use crate::start;
+use crate::stop::StopShared;
 
 const NAME: &CStr = c"walproposer";
 
@@ -124,6 +126,7 @@ struct Shared {
     commit_lsn: AtomicU64,
     waits_cancelled: AtomicU64,
     wal_senders: AtomicI32,
+    stop: StopShared,
     commit_moved: UnsafeCell<pg_sys::ConditionVariable>,
     gate: AtomicU64,
     /// Bytes of the won term; 0 if there is none, or it was taken.
@@ -217,13 +220,14 @@ fn shared() -> Option<&'static Shared> {
     unsafe { SHARED.load(Ordering::Relaxed).as_ref() }
 }
 
-/// For the worker of this start. By the postmaster, which is alone then.
+/// For the worker of this start, by the postmaster, which is alone then; for the last sender of a
+/// stop, by the worker, which has taken what was there before, as its last act.
 pub fn hand_over(won: &WonTerm) {
     let bytes = start::encode_won(won);
     let Some(shared) = shared().filter(|_| bytes.len() <= WON_LEN_MAX) else {
         return;
     };
-    // SAFETY: no other process is attached yet; the length is checked.
+    // SAFETY: nobody reads while `won_len` is 0; the length is checked.
     unsafe {
         shared
             .won
@@ -234,12 +238,12 @@ pub fn hand_over(won: &WonTerm) {
     shared.won_len.store(bytes.len(), Ordering::Release);
 }
 
-/// The term that the start has won, for whoever asks first: a worker that is started again stands
-/// for election.
+/// The term that was handed over, for whoever asks first: a worker that is started again stands for
+/// election.
 pub fn take_won_term() -> Option<WonTerm> {
     let shared = shared()?;
     let len = shared.won_len.swap(0, Ordering::AcqRel).min(WON_LEN_MAX);
-    // SAFETY: written before there was another process, and never again.
+    // SAFETY: written before the length was, and by nobody since: it was not taken.
     let bytes = unsafe { std::slice::from_raw_parts(shared.won.get().cast::<u8>(), len) };
     if bytes.is_empty() {
         return None;
@@ -300,6 +304,10 @@ pub fn wait_for_gate() {
         }
         pg_sys::ConditionVariableCancelSleep();
     }
+}
+
+pub fn stop() -> Option<&'static StopShared> {
+    shared().map(|shared| &shared.stop)
 }
 
 /// Is there shared memory, that is, was the library preloaded?
@@ -364,7 +372,7 @@ pub fn wait_for_commit(lsn: Lsn, timeout_ms: Option<u64>) -> bool {
     }
 }
 
-/// A backend's wait for the quorum ended without it.
+/// A commit's wait for the quorum ended without it.
 pub fn count_cancelled_wait() {
     if let Some(shared) = shared() {
         shared.waits_cancelled.fetch_add(1, Ordering::Relaxed);

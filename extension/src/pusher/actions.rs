@@ -59,6 +59,8 @@ impl Pusher {
                 self.proposer
                     .on_history_persisted(now_ms, &mut self.actions);
             }
+            // The last sender goes on in a term that began long ago.
+            ProposerAction::Lead { .. } if self.wal_sender.is_none() => {}
             ProposerAction::Lead { term, start_lsn } => {
                 self.logged_wait.clear();
                 self.status.elected_at = postgres::timestamp();
@@ -124,7 +126,9 @@ impl Pusher {
             .and_then(|lag| i64::try_from(lag.as_micros()).ok());
         self.positions.lag_us = lag.unwrap_or(-1);
         self.positions.apply_lsn = self.lowest_apply_lsn();
-        self.wal_sender.advance(&self.positions);
+        if let Some(wal_sender) = &self.wal_sender {
+            wal_sender.advance(&self.positions);
+        }
     }
 
     /// Of all standbys behind the members that follow.
@@ -140,10 +144,12 @@ impl Pusher {
     /// Commits wait for our positions while we lead, and for nothing that we could give otherwise.
     pub(super) fn follow_reign(&mut self) {
         let is_leading = self.proposer.is_leading();
-        if is_leading && !self.is_streaming {
-            self.wal_sender.begin_streaming();
-        } else if !is_leading && self.is_streaming {
-            self.wal_sender.stop_streaming();
+        if let Some(wal_sender) = &self.wal_sender {
+            if is_leading && !self.is_streaming {
+                wal_sender.begin_streaming();
+            } else if !is_leading && self.is_streaming {
+                wal_sender.stop_streaming();
+            }
         }
         self.is_streaming = is_leading;
     }
