@@ -1,6 +1,7 @@
 //! What a session sees of the extension: nothing, but that its commits wait for the quorum.
 
 use cluster_tests::Cluster;
+use cluster_tests::poll::SOON;
 use cluster_tests::process;
 
 /// An ERROR inside a utility command reaches the client as stock Postgres would send it.
