@@ -17,6 +17,7 @@
 //! | `wal_sender_slot` | the worker as the synchronous standby |
 //! | `slot` | the replication slot that keeps WAL |
 //! | `commit` | what happens in a committing backend |
+//! | `stop` | sessions get their answers, and the shutdown checkpoint is on the quorum |
 //! | `shmem`, `status` | what backends may see of the worker, and the functions behind the views |
 //! | `local_log` | what the data directory says of the local log |
 //! | `wait_set` | what the worker sleeps on |
@@ -56,6 +57,7 @@ mod shmem;
 mod slot;
 mod start;
 mod status;
+mod stop;
 mod threads;
 mod wait_set;
 mod wal_sender_slot;

@@ -28,10 +28,15 @@ unsafe extern "C-unwind" {
 
     /// Reports what fails in the log, and raises nothing. (`xlogarchive.h`)
     fn XLogArchiveNotify(xlog: *const c_char);
+    /// `storage/pmsignal.h`.
+    pub fn MarkPostmasterChildWalSender();
+    pub fn SendPostmasterSignal(reason: c_int);
+    /// `utils/timeout.h`.
+    pub fn disable_all_timeouts(keep_indicators: bool);
 
-    // pgrx wraps these; here the bare functions are needed. The last one, so that an ERROR in a
-    // command passes as it is.
-    pub fn SignalHandlerForShutdownRequest(signal: c_int);
+    // pgrx wraps these; here the bare functions are needed: in signal handlers, and the last one so
+    // that an ERROR in a command passes as it is.
+    pub fn SetLatch(latch: *mut pg_sys::Latch);
     pub fn SignalHandlerForConfigReload(signal: c_int);
     pub fn standard_ProcessUtility(
         statement: *mut pg_sys::PlannedStmt,
@@ -70,9 +75,31 @@ pub struct Port {
 }
 
 impl Port {
+    pub fn socket(&self) -> c_int {
+        self.sock
+    }
+
     /// The client came over a Unix-domain socket.
     pub fn is_local_socket(&self) -> bool {
         i32::from(self.raddr.addr.ss_family) == libc::AF_UNIX
+    }
+}
+
+/// `PMSIGNAL_ADVANCE_STATE_MACHINE` of `storage/pmsignal.h`.
+#[cfg(not(feature = "pg18"))]
+pub const ADVANCE_STATE_MACHINE: c_int = 7;
+#[cfg(feature = "pg18")]
+pub const ADVANCE_STATE_MACHINE: c_int = 8;
+
+/// As after SIGTERM: the session ends when it next looks. May be called by a signal handler.
+///
+/// # Safety
+/// In a backend or worker.
+pub unsafe fn request_death() {
+    // SAFETY: flags of this process, of a type that handlers may set.
+    unsafe {
+        pg_sys::ProcDiePending = 1;
+        pg_sys::InterruptPending = 1;
     }
 }
 
@@ -426,6 +453,47 @@ unsafe fn placeholders_among(settings: &[*mut pg_sys::config_generic]) -> Vec<St
         placeholder.then(|| name.to_string_lossy().into_owned())
     };
     settings.iter().filter_map(name).collect()
+}
+
+/// Reads the configuration again if a signal has asked for it. Whether it has.
+pub fn reload_if_asked() -> bool {
+    // SAFETY: a flag that a signal handler of this process sets; outside a transaction, as
+    // Postgres's own workers do it.
+    unsafe {
+        let asked = pg_sys::ConfigReloadPending != 0;
+        if asked {
+            pg_sys::ConfigReloadPending = 0;
+            pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
+        }
+        asked
+    }
+}
+
+/// The postmaster writes it there before it signals anybody. A smart stop does so too, long before
+/// sessions end. (`miscadmin.h`)
+pub fn lock_file_says_stopping() -> bool {
+    const STATUS_LINE: usize = 8;
+    let lock_file = std::fs::read_to_string(data_directory().join("postmaster.pid"));
+    lock_file.is_ok_and(|text| {
+        text.lines()
+            .nth(STATUS_LINE - 1)
+            .is_some_and(|status| status.trim() == "stopping")
+    })
+}
+
+/// The Unix-domain sockets on which this server listens; one that begins with `@` is no file.
+pub fn socket_paths() -> Vec<String> {
+    let directories = setting(c"unix_socket_directories").unwrap_or_default();
+    // SAFETY: set once at start.
+    let port = unsafe { pg_sys::PostPortNumber };
+    let directories = directories.split(',').map(|directory| {
+        let directory = directory.trim();
+        directory.trim_matches('"')
+    });
+    let directories = directories.filter(|directory| !directory.is_empty());
+    directories
+        .map(|directory| format!("{directory}/.s.PGSQL.{port}"))
+        .collect()
 }
 
 /// The data directory, as an absolute path.

@@ -41,7 +41,7 @@ use crate::settings::settings;
 use crate::shmem::{self, Status};
 use crate::threads::Waker;
 use crate::wait_set::WaitSet;
-use crate::{postgres, worker};
+use crate::{postgres, stop, worker};
 
 pub const NAME: &CStr = c"walproposer promoter";
 pub const ENTRY: &CStr = c"walproposer_promoter_main";
@@ -86,8 +86,8 @@ fn serve() {
         worker::reset_latch();
         wake_receiver.clear();
         check_for_interrupts!();
-        worker::take_reload();
-        if worker::shutdown_requested() {
+        postgres::reload_if_asked();
+        if stop::is_requested() {
             worker::end();
         }
         let is_over = !postgres::in_recovery();
@@ -414,8 +414,7 @@ pub fn remove_placeholders(pg_wal: &Path) {
 
 /// The worker's first step: a term is handed over, or will not be.
 pub fn await_end() {
-    let is_gone =
-        || (!promotion::promoter_is_there() || worker::shutdown_requested()).then_some(());
+    let is_gone = || (!promotion::promoter_is_there() || stop::is_requested()).then_some(());
     shmem::wait_for_board(Duration::MAX, is_gone);
 }
 

@@ -17,10 +17,12 @@
 //!
 //! The parts: `connections.rs` what comes in, `actions.rs` what the proposer wants done, `sending.rs`
 //! what goes out, `standing.rs` the replication slot and the views, `promotion.rs` what only a
-//! standby's does. Not here: signals, sleeping, shutdown (`worker.rs`).
+//! standby's does, `handing_over.rs` the end of a reign here. Not here: signals, sleeping, shutdown
+//! (`worker.rs`, `stop.rs`).
 
 mod actions;
 mod connections;
+mod handing_over;
 mod promotion;
 mod sending;
 mod standing;
@@ -74,7 +76,7 @@ pub struct Pusher {
     /// on whatever timeline, and there to be had from the donors.
     standby_end_lsn: Option<Lsn>,
 
-    /// None on a standby: no commit waits there.
+    /// None on a standby, where no commit waits, and in the last sender: none does any more.
     wal_sender: Option<WalSenderSlot>,
     positions: Positions,
     /// Of the quorum: from the first time WAL goes out to its commit.
@@ -105,14 +107,15 @@ struct Member {
 }
 
 impl Pusher {
-    /// Reads what the data directory says. Postgres has recovered and accepts writes.
-    pub fn new(settings: &Settings, wal_sender: WalSenderSlot, waker: Waker) -> Pusher {
+    /// Reads what the data directory says. Postgres has recovered and accepts writes; or it has
+    /// stopped doing so, and there is no WAL sender slot to be given.
+    pub fn new(settings: &Settings, wal_sender: Option<WalSenderSlot>, waker: Waker) -> Pusher {
         let found = Found {
             standing: Standing::Running,
             tli: postgres::insertion_tli(),
             end_lsn: postgres::insert_lsn(),
         };
-        Pusher::with(settings, Some(wal_sender), waker, found)
+        Pusher::with(settings, wal_sender, waker, found)
     }
 
     /// On a standby, to promote it.
@@ -193,7 +196,6 @@ impl Pusher {
             tli,
             format,
             standby_end_lsn: (standing == Standing::Standby).then_some(local_end_lsn),
-            wal_sender,
             positions: Positions::default(),
             lag: Lag::default(),
             is_streaming: false,
@@ -201,7 +203,8 @@ impl Pusher {
             slot: None,
             slot_name: settings.slot_name.clone(),
             slot_obstacle: String::new(),
-            slot_due_ms: 0,
+            slot_due_ms: if wal_sender.is_some() { 0 } else { u64::MAX },
+            wal_sender,
             waker,
             member_timeout_ms: millis(settings.member_timeout),
             started: Instant::now(),
