@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 PG_CONFIG ?= /usr/lib/postgresql/15/bin/pg_config
 export PG_CONFIG
 
-.PHONY: help demo demo-stop test mutations model soak fuzz check install
+.PHONY: help demo demo-stop test mutations model soak failover-run fuzz check install
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -27,6 +27,9 @@ model: ## every order of events in small clusters; takes an hour or two
 
 soak: ## SEEDS=100000 simulated clusters from FIRST on; takes hours, can be resumed
 	@scripts/soak
+
+failover-run: ## CYCLES=200 faults and failovers on real clusters; half an hour
+	@scripts/failover-run
 
 fuzz: ## search for bytes that a decoder does not survive, SECONDS_EACH=600
 	@scripts/fuzz

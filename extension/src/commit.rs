@@ -15,6 +15,8 @@
 //! and `walproposer.shutdown_timeout` is over (`stop/waits.rs`). Then it is counted
 //! (`pg_stat_walproposer.waits_cancelled`), logged, and the client gets no answer.
 //!
+//! On a deposed primary that only reads, the first two are refused (`read_only.rs`).
+//!
 //! Autovacuum commits without waiting, as it does with any synchronous standby: nobody is told of
 //! its commits, and without a quorum it is needed most.
 
@@ -29,7 +31,7 @@ use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
 use safekeeper_protocol::Lsn;
 
 pub use self::signals::END_WAIT;
-use crate::{postgres, settings, shmem};
+use crate::{postgres, read_only, settings, shmem};
 
 /// From `_PG_init` in the postmaster; children inherit it.
 pub fn register() {
@@ -87,7 +89,9 @@ unsafe extern "C-unwind" fn on_command(
 unsafe extern "C-unwind" fn before_command(statement: *mut pg_sys::PlannedStmt) -> bool {
     // SAFETY: as the caller's.
     let ends_prepared = unsafe { ends_prepared_transaction(statement) };
+    read_only::enforce();
     if ends_prepared {
+        read_only::refuse_commit();
         before_wait();
     }
     ends_prepared
@@ -163,6 +167,9 @@ fn before_commit() {
     };
     // One that has written WAL without a number (it pruned a page) may be given one yet, by NOTIFY.
     if (has_transaction_id() || wrote_wal) && is_session {
+        if has_transaction_id() && wrote_wal {
+            read_only::refuse_commit();
+        }
         let waits = before_wait();
         // One that wrote to temporary or unlogged tables only does not wait.
         AWAITS_QUORUM.set(wrote_wal && waits);

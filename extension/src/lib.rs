@@ -17,6 +17,7 @@
 //! | `wal_sender_slot` | the worker as the synchronous standby |
 //! | `slot` | the replication slot that keeps WAL |
 //! | `commit` | what happens in a committing backend |
+//! | `read_only` | a deposed primary that only reads |
 //! | `stop` | sessions get their answers, and the shutdown checkpoint is on the quorum |
 //! | `shmem`, `status` | what backends may see of the worker, and the functions behind the views |
 //! | `local_log` | what the data directory says of the local log |
@@ -52,6 +53,7 @@ mod postgres;
 mod promoter;
 mod promotion;
 mod pusher;
+mod read_only;
 mod settings;
 mod shmem;
 mod slot;
@@ -95,6 +97,7 @@ pub extern "C-unwind" fn _PG_init() {
     settings::check_configuration();
     shmem::register();
     commit::register();
+    read_only::register();
     wal_sender_slot::register_hook();
     worker::register();
 }

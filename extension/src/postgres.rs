@@ -34,8 +34,8 @@ unsafe extern "C-unwind" {
     /// `utils/timeout.h`.
     pub fn disable_all_timeouts(keep_indicators: bool);
 
-    // pgrx wraps these; here the bare functions are needed: in signal handlers, and the last one so
-    // that an ERROR in a command passes as it is.
+    // pgrx wraps these; here the bare functions are needed: in signal handlers, and the last two so
+    // that an ERROR in a command or a query passes as it is.
     pub fn SetLatch(latch: *mut pg_sys::Latch);
     pub fn SignalHandlerForConfigReload(signal: c_int);
     pub fn standard_ProcessUtility(
@@ -48,6 +48,7 @@ unsafe extern "C-unwind" {
         destination: *mut pg_sys::DestReceiver,
         completion: *mut pg_sys::QueryCompletion,
     );
+    pub fn standard_ExecutorStart(query: *mut pg_sys::QueryDesc, flags: c_int);
 }
 
 /// The fields of a client's connection up to the last one that we look at. (`libpq/libpq-be.h`)
@@ -151,6 +152,14 @@ fn report(level: PgLogLevel, code: PgSqlErrorCode, text: String, hint: &str) {
     } else {
         report.set_hint(hint).report(level);
     }
+}
+
+/// Stops the server as `pg_ctl stop -m immediate` does: sessions end where they are, nothing more
+/// is written. The postmaster does it when the signal reaches it, not before this returns.
+pub fn stop_server_immediately() {
+    // SAFETY: no memory is involved; the number is that of our parent, which can't be another
+    // process's while we run, since we die with it.
+    unsafe { libc::kill(pg_sys::PostmasterPid, libc::SIGQUIT) };
 }
 
 /// End of the WAL that is flushed here.

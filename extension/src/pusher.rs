@@ -17,11 +17,12 @@
 //!
 //! The parts: `connections.rs` what comes in, `actions.rs` what the proposer wants done, `sending.rs`
 //! what goes out, `standing.rs` the replication slot and the views, `promotion.rs` what only a
-//! standby's does, `handing_over.rs` the end of a reign here. Not here: signals, sleeping, shutdown
-//! (`worker.rs`, `stop.rs`).
+//! standby's does, `deposed.rs` the end of a reign by another's, `handing_over.rs` that by a stop. Not
+//! here: signals, sleeping, shutdown (`worker.rs`, `stop.rs`).
 
 mod actions;
 mod connections;
+mod deposed;
 mod handing_over;
 mod promotion;
 mod sending;
@@ -33,7 +34,7 @@ use std::time::{Duration, Instant};
 use pgrx::PgSqlErrorCode;
 use safekeeper_protocol::{
     ClusterIdentity, LocalLog, Lsn, PeerAddress, PeerIdx, Proposer, ProposerAction,
-    ProposerGreeting, ProposerSettings, Standing, Term, Tli, WonTerm,
+    ProposerGreeting, ProposerSettings, Standing, Tli, WonTerm,
 };
 use safekeeper_wal::{WalFormat, canonical_end};
 
@@ -96,7 +97,8 @@ pub struct Pusher {
     status: Box<Status>,
     /// The last reason for not leading that was logged.
     logged_wait: String,
-    deposed_by: Option<Term>,
+    /// Another primary reigns, or has reigned: how we know.
+    deposed: Option<String>,
 }
 
 /// One address of `walproposer.safekeepers`.
@@ -210,7 +212,7 @@ impl Pusher {
             started: Instant::now(),
             status: Box::new(Status::EMPTY),
             logged_wait: String::new(),
-            deposed_by: None,
+            deposed: None,
         }
     }
 
@@ -285,6 +287,7 @@ impl Pusher {
         if let Some(wal_sender) = self.wal_sender.as_ref().filter(|_| self.is_streaming) {
             wal_sender.on_reload();
         }
+        self.obey_on_deposed();
     }
 
     /// Local WAL can be sent up to here.

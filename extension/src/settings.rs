@@ -33,6 +33,18 @@ static HOLD_CONNECTIONS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static HOLD_SUPERUSERS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static MIN_SYNCHRONOUS_COMMIT: GucSetting<MinSynchronousCommit> =
     GucSetting::<MinSynchronousCommit>::new(MinSynchronousCommit::RemoteWrite);
+static ON_DEPOSED: GucSetting<OnDeposed> = GucSetting::<OnDeposed>::new(OnDeposed::Shutdown);
+
+/// Values of `walproposer.on_deposed`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
+pub enum OnDeposed {
+    #[name = c"shutdown"]
+    Shutdown,
+    #[name = c"read_only"]
+    ReadOnly,
+    #[name = c"wait"]
+    Wait,
+}
 
 /// Values of `walproposer.min_synchronous_commit`, lowest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PostgresGucEnum)]
@@ -124,6 +136,10 @@ pub fn hold_superusers() -> bool {
 
 pub fn min_synchronous_commit() -> MinSynchronousCommit {
     MIN_SYNCHRONOUS_COMMIT.get()
+}
+
+pub fn on_deposed() -> OnDeposed {
+    ON_DEPOSED.get()
 }
 
 fn text(setting: &GucSetting<Option<CString>>) -> String {
@@ -233,6 +249,14 @@ pub fn define() {
         c"Least synchronous_commit of a transaction that has written WAL.",
         c"A lower one is raised when the transaction commits.",
         &MIN_SYNCHRONOUS_COMMIT,
+        GucContext::Sighup,
+        GucFlags::empty(),
+    );
+    GucRegistry::define_enum_guc(
+        c"walproposer.on_deposed",
+        c"What a primary does when another one was elected.",
+        c"It acknowledges no commit any more in any case.",
+        &ON_DEPOSED,
         GucContext::Sighup,
         GucFlags::empty(),
     );

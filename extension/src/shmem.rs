@@ -6,6 +6,7 @@
 //! | `waits_cancelled` | backends whose wait ended without the quorum | the view |
 //! | `wal_senders` | connections that are WAL senders | the next one |
 //! | the gate | postmaster, before recovery; worker | sessions that are being authenticated |
+//! | `read_only` | worker | every statement |
 //! | the won term | postmaster, before recovery; promoter; worker, at a stop | the worker, the last sender, once |
 //! | [`Board`] | sessions that ask for a promotion; promoter | each other, under the lock |
 //! | `stop` | see `stop/shared.rs` | |
@@ -16,7 +17,7 @@
 
 use std::cell::UnsafeCell;
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize, Ordering};
 
 use pgrx::{pg_guard, pg_sys};
 use safekeeper_protocol::{Configuration, Lsn, WonTerm};
@@ -131,6 +132,7 @@ struct Shared {
     stop: StopShared,
     commit_moved: UnsafeCell<pg_sys::ConditionVariable>,
     gate: AtomicU64,
+    read_only: AtomicBool,
     /// Bytes of the won term; 0 if there is none, or it was taken.
     won_len: AtomicUsize,
     won: UnsafeCell<[u8; WON_LEN_MAX]>,
@@ -315,6 +317,17 @@ pub fn wait_for_gate() {
 
 pub fn stop() -> Option<&'static StopShared> {
     shared().map(|shared| &shared.stop)
+}
+
+/// No transaction may write any more, or may again. By the worker.
+pub fn set_read_only(read_only: bool) {
+    if let Some(shared) = shared() {
+        shared.read_only.store(read_only, Ordering::Release);
+    }
+}
+
+pub fn is_read_only() -> bool {
+    shared().is_some_and(|shared| shared.read_only.load(Ordering::Acquire))
 }
 
 /// Is there shared memory, that is, was the library preloaded?

@@ -19,6 +19,7 @@ pub mod place;
 pub mod poll;
 pub mod postgres;
 pub mod process;
+pub mod readers;
 pub mod safekeeper;
 pub mod wal_compare;
 
@@ -59,9 +60,14 @@ impl Cluster {
 
     /// Safekeepers and primary initialised and configured, none started.
     pub fn prepare(initdb: &[&str]) -> Cluster {
+        Cluster::prepare_named("primary", initdb)
+    }
+
+    /// The same with a primary of another name: it may not be the primary for long.
+    pub fn prepare_named(name: &str, initdb: &[&str]) -> Cluster {
         let dir = TestDir::new();
         let safekeepers: Vec<_> = (1..=3).map(|id| Safekeeper::init(&dir, id)).collect();
-        let primary = Postgres::init(&dir, "primary", initdb);
+        let primary = Postgres::init(&dir, name, initdb);
         primary.configure("shared_preload_libraries = 'walproposer'");
         let addresses = safekeepers.iter().map(Safekeeper::address);
         primary.configure(&safekeepers_setting(addresses));

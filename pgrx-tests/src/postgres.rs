@@ -86,15 +86,25 @@ impl Postgres {
     /// `pg_basebackup` from a running server, without WAL: where that comes from is to be set.
     pub fn base_backup_of(other: &Postgres, dir: &TestDir, name: &str) -> Postgres {
         let backup = Postgres::at(dir, name);
+        backup.back_up(other);
+        backup
+    }
+
+    /// The same in place of what is here. The server is down.
+    pub fn rebuild_from(&self, other: &Postgres) {
+        fs::remove_dir_all(&self.data).expect("our own files");
+        self.back_up(other);
+    }
+
+    fn back_up(&self, other: &Postgres) {
         let mut command = other.program("pg_basebackup");
-        command.arg("--pgdata").arg(&backup.data);
+        command.arg("--pgdata").arg(&self.data);
         command.args(["--wal-method=none", "--checkpoint=fast", "--no-sync"]);
         run_ok(command);
-        backup.configure(&format!(
+        self.configure(&format!(
             "unix_socket_directories = '{}'",
-            backup.sockets.display()
+            self.sockets.display()
         ));
-        backup
     }
 
     fn at(dir: &TestDir, name: &str) -> Postgres {
@@ -234,11 +244,18 @@ impl Postgres {
         self.process.is_some()
     }
 
-    /// How the server ended, or `None` while it runs.
+    /// Has it ended, or never been started?
     pub fn ended(&mut self) -> bool {
         self.process
             .as_mut()
             .is_none_or(|process| process.ended().is_some())
+    }
+
+    /// It has ended by itself: it may be started again.
+    #[track_caller]
+    pub fn take_ended(&mut self) {
+        assert!(self.ended(), "{} runs", self.name);
+        self.process = None;
     }
 
     pub fn reload(&self) {

@@ -10,7 +10,7 @@ use cluster_tests::postgres::Postgres;
 /// primary is started, leads and commits. Then the first goes on as if nothing had been.
 #[test]
 fn a_primary_that_stood_still_gets_nothing_acknowledged_after_another_led() {
-    let mut cluster = Cluster::start();
+    let mut cluster = Cluster::start_with("walproposer.on_deposed = wait", &[]);
     cluster.primary.sql("create table t (who text)");
     cluster.primary.sql("insert into t values ('before')");
     cluster.wait_all_caught_up(SOON);

@@ -64,6 +64,7 @@ impl Pusher {
             ProposerAction::Lead { .. } if self.wal_sender.is_none() => {}
             ProposerAction::Lead { term, start_lsn } => {
                 self.logged_wait.clear();
+                self.on_elected_again();
                 self.status.elected_at = postgres::timestamp();
                 postgres::log(format!(
                     "elected in term {term}, which begins at {start_lsn}"
@@ -80,24 +81,14 @@ impl Pusher {
             }
             ProposerAction::Commit(commit_lsn) => self.commit(commit_lsn),
             ProposerAction::Wait(reason) => {
+                self.look_for_a_successor(&reason);
                 let reason = reason.to_string();
                 if self.logged_wait != reason {
                     postgres::log(format!("not elected: {reason}"));
                     self.logged_wait = reason;
                 }
             }
-            ProposerAction::Deposed { term } => {
-                self.deposed_by = Some(term);
-                if self.wal_sender.is_none() {
-                    return;
-                }
-                postgres::warning(
-                    format!(
-                        "another primary was elected in term {term}: no commit is acknowledged here any more"
-                    ),
-                    "Stop this server, and have it rejoin as a standby.",
-                );
-            }
+            ProposerAction::Deposed { term } => self.on_deposed(term),
         }
     }
 

@@ -21,7 +21,7 @@ impl Pusher {
     }
 
     pub fn is_deposed(&self) -> bool {
-        self.deposed_by.is_some()
+        self.deposed.is_some()
     }
 
     pub fn commit_lsn(&self) -> Lsn {

@@ -238,9 +238,7 @@ impl Pusher {
 
     /// Why the proposer waits, if it does.
     pub fn wait_reason(&self) -> Option<String> {
-        let deposed = self
-            .deposed_by
-            .map(|term| format!("another server was elected in term {term}"));
+        let deposed = self.deposed.clone();
         deposed.or_else(|| self.proposer.wait_reason().map(ToString::to_string))
     }
 

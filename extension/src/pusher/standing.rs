@@ -93,11 +93,10 @@ impl Pusher {
             });
         }
         status.members_active = active;
-        let deposed = self
-            .deposed_by
-            .map(|term| format!("deposed by a primary elected in term {term}"));
         let waiting = proposer.wait_reason().map(ToString::to_string);
-        let reason = deposed
+        let reason = self
+            .deposed
+            .clone()
             .or(waiting)
             .unwrap_or_else(|| self.slot_obstacle.clone());
         status.last_error.set(&reason);

@@ -531,7 +531,8 @@ fn advice(divergence: &Divergence) -> String {
         }
         Some(_) => {
             "Another primary has written since, and this server holds WAL that was never committed. Run pg_rewind \
-             against the present primary, or make a new base backup of it, and start this server as a standby."
+             against the present primary, after a CHECKPOINT there, or make a new base backup of it; and start \
+             this server as a standby."
         }
         None => REBUILD,
     }
