@@ -2,28 +2,35 @@
 //!
 //! * Before the commit: `synchronous_commit` is raised to `walproposer.min_synchronous_commit` if
 //!   the transaction has written WAL, whatever the session, the role or `SET LOCAL` say.
+//! * From there until the quorum has the commit, whatever would end the wait for it is put off
+//!   (`commit/signals.rs`): a cancel, a time-out, the session's termination. One that came before
+//!   is obeyed here, where the transaction can still be undone.
 //! * The same for COMMIT PREPARED and ROLLBACK PREPARED. They are commands, and have no transaction
 //!   of their own that could be looked at when it commits; so they are caught as commands.
 //! * After it, before the client hears of it: the quorum must have it. Normally the server's own
-//!   wait has seen to that. If it was released by somebody else (a standby that managed to call
-//!   itself `walproposer`) or cancelled (`pg_cancel_backend`, a time-out), the acknowledgement is
-//!   held here. The transaction is committed locally, and visible, by then: it can neither fail
-//!   nor be undone. A second cancel, or the end of the session, ends this wait too; then it is
-//!   counted (`pg_stat_walproposer.waits_cancelled`), logged, and the client is warned.
+//!   wait has seen to that. If somebody else has released it (a standby that managed to call itself
+//!   `walproposer`), the acknowledgement is held here.
+//!
+//! A wait ends without the quorum in one way only that leaves the server in order: the server stops,
+//! and `walproposer.shutdown_timeout` is over (`stop/waits.rs`). Then it is counted
+//! (`pg_stat_walproposer.waits_cancelled`), logged, and the client gets no answer.
 //!
 //! On a deposed primary that only reads, the first two are refused (`read_only.rs`).
 //!
 //! Autovacuum commits without waiting, as it does with any synchronous standby: nobody is told of
 //! its commits, and without a quorum it is needed most.
 
+mod signals;
+
 use std::cell::Cell;
 use std::ffi::{c_char, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pgrx::pg_sys::{BackendType, SyncCommitLevel, TransactionStmtKind, XactEvent};
-use pgrx::{pg_guard, pg_sys};
+use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
 use safekeeper_protocol::Lsn;
 
+pub use self::signals::END_WAIT;
 use crate::{postgres, read_only, settings, shmem};
 
 /// From `_PG_init` in the postmaster; children inherit it.
@@ -85,11 +92,13 @@ unsafe extern "C-unwind" fn before_command(statement: *mut pg_sys::PlannedStmt) 
     read_only::enforce();
     if ends_prepared {
         read_only::refuse_commit();
-        raise_synchronous_commit();
+        before_wait();
     }
     ends_prepared
 }
 
+/// Signals stay deferred until the command's own transaction has ended, which follows at once: one
+/// that took effect in between would tell the client of a failure.
 #[pg_guard]
 unsafe extern "C-unwind" fn after_prepared_end() {
     if waits_for_quorum() {
@@ -122,38 +131,73 @@ std::thread_local! {
 unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *mut c_void) {
     match event {
         XactEvent::XACT_EVENT_PRE_COMMIT | XactEvent::XACT_EVENT_PRE_PREPARE => before_commit(),
-        XactEvent::XACT_EVENT_COMMIT if AWAITS_QUORUM.replace(false) => {
-            // SAFETY: a variable of this process, the end of the commit record just written.
-            hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastCommitEnd }));
+        XactEvent::XACT_EVENT_COMMIT => {
+            // Without a number it was no commit, whatever WAL reading has left: nobody waits for that.
+            if AWAITS_QUORUM.replace(false) && has_transaction_id() {
+                // SAFETY: a variable of this process, the end of the commit record just written.
+                hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastCommitEnd }));
+            }
+            signals::release();
         }
-        XactEvent::XACT_EVENT_PREPARE if AWAITS_QUORUM.replace(false) => {
-            // SAFETY: likewise, of the record that prepares.
-            hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastRecEnd }));
+        XactEvent::XACT_EVENT_PREPARE => {
+            if AWAITS_QUORUM.replace(false) {
+                // The end is forgotten by now. Commits lie at ends of records: what is beyond the
+                // beginning of this one is not before its end.
+                // SAFETY: a variable of this process, the beginning of the last record.
+                hold_acknowledgement(Lsn(unsafe { pg_sys::ProcLastRecPtr } + 1));
+            }
+            signals::release();
         }
-        XactEvent::XACT_EVENT_ABORT => AWAITS_QUORUM.set(false),
+        XactEvent::XACT_EVENT_ABORT => {
+            AWAITS_QUORUM.set(false);
+            signals::release();
+        }
         _ => {}
     }
 }
 
 fn before_commit() {
-    // SAFETY: variables of this process, and a function that looks at the transaction's state.
-    let (has_xid, wrote_wal, is_session) = unsafe {
-        let xid = pg_sys::GetTopTransactionIdIfAny();
+    AWAITS_QUORUM.set(false);
+    // SAFETY: variables of this process.
+    let (wrote_wal, is_session) = unsafe {
         let kind = pg_sys::MyBackendType;
         let internal =
             kind == BackendType::B_AUTOVAC_WORKER || kind == BackendType::B_AUTOVAC_LAUNCHER;
-        let wrote_wal = pg_sys::XactLastRecEnd != 0;
-        (xid != pg_sys::InvalidTransactionId, wrote_wal, !internal)
+        (pg_sys::XactLastRecEnd != 0, !internal)
     };
-    if !has_xid || !is_session {
-        return;
+    // One that has written WAL without a number (it pruned a page) may be given one yet, by NOTIFY.
+    if (has_transaction_id() || wrote_wal) && is_session {
+        if has_transaction_id() && wrote_wal {
+            read_only::refuse_commit();
+        }
+        let waits = before_wait();
+        // One that wrote to temporary or unlogged tables only does not wait.
+        AWAITS_QUORUM.set(wrote_wal && waits);
     }
-    if wrote_wal {
-        read_only::refuse_commit();
-    }
+}
+
+fn has_transaction_id() -> bool {
+    // SAFETY: looks at the transaction's state.
+    unsafe { pg_sys::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId }
+}
+
+/// Whether a wait follows. From here until the transaction ends nothing interrupts it.
+fn before_wait() -> bool {
     raise_synchronous_commit();
-    // One that wrote to temporary or unlogged tables only does not wait.
-    AWAITS_QUORUM.set(wrote_wal && waits_for_quorum());
+    if !waits_for_quorum() {
+        return false;
+    }
+    if shmem::stop().is_some_and(|stop| stop.waits_have_ended()) {
+        postgres::error(
+            PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN,
+            "the server is stopping, and the safekeepers' quorum cannot be reached for this commit",
+            "",
+        );
+    }
+    signals::defer();
+    // After this nothing is pending.
+    check_for_interrupts!();
+    true
 }
 
 fn waits_for_quorum() -> bool {
@@ -184,32 +228,34 @@ fn raise_synchronous_commit() {
     }
 }
 
-/// Until the quorum has the WAL below `end_lsn`, or the session is told to stop waiting.
+/// Until the quorum has the WAL below `end_lsn`, or will not have it: then the session ends, and the
+/// client does not learn what became of its transaction.
 fn hold_acknowledgement(end_lsn: Lsn) {
-    while !shmem::await_commit_for(end_lsn, LOOK_AT_CANCEL_MS) {
-        // SAFETY: flags that signal handlers of this process set, and where its answers go. The
-        // interrupts are looked at as `SyncRepWaitForLSN` does: what is committed can't be undone.
-        let ends = unsafe {
-            if pg_sys::ProcDiePending != 0 {
-                pg_sys::whereToSendOutput = pg_sys::CommandDest::DestNone;
-            }
-            let cancelled = pg_sys::QueryCancelPending != 0;
-            pg_sys::QueryCancelPending = 0;
-            cancelled || pg_sys::ProcDiePending != 0
-        };
-        if ends {
-            shmem::count_cancelled_wait();
-            postgres::warning(
-                format!(
-                    "canceling wait for the safekeepers' quorum: the transaction that ends at {end_lsn} is \
-                     committed here, and may be lost if this server is"
-                ),
-                "",
-            );
-            return;
+    while shmem::commit_lsn() < end_lsn {
+        let ended = shmem::stop().is_some_and(|stop| stop.waits_have_ended());
+        // SAFETY: a flag of this process, set by `signals.rs`, or when the postmaster is dead.
+        if ended || unsafe { pg_sys::ProcDiePending } != 0 {
+            return give_up(end_lsn);
         }
+        shmem::await_commit_for(end_lsn, LOOK_MS);
     }
 }
 
-/// A cancel is noticed within this time.
-const LOOK_AT_CANCEL_MS: u64 = 100;
+fn give_up(end_lsn: Lsn) {
+    // SAFETY: variables of this process: where its answers go, and what it looks at next.
+    unsafe {
+        pg_sys::whereToSendOutput = pg_sys::CommandDest::DestNone;
+        postgres::request_death();
+    }
+    shmem::count_cancelled_wait();
+    postgres::warning(
+        format!(
+            "gave up waiting for the safekeepers' quorum: the transaction that ends at {end_lsn} is committed \
+             here, and may be lost if this server is"
+        ),
+        "",
+    );
+}
+
+/// The end of a wait that the server's own has let go is noticed within this time.
+const LOOK_MS: u64 = 100;

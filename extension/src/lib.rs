@@ -18,6 +18,7 @@
 //! | `slot` | the replication slot that keeps WAL |
 //! | `commit` | what happens in a committing backend |
 //! | `read_only` | a deposed primary that only reads |
+//! | `stop` | sessions get their answers, and the shutdown checkpoint is on the quorum |
 //! | `shmem`, `status` | what backends may see of the worker, and the functions behind the views |
 //! | `local_log` | what the data directory says of the local log |
 //! | `wait_set` | what the worker sleeps on |
@@ -58,6 +59,7 @@ mod shmem;
 mod slot;
 mod start;
 mod status;
+mod stop;
 mod threads;
 mod wait_set;
 mod wal_sender_slot;

@@ -15,9 +15,10 @@
 //! What messages mean is not known here, nor where WAL comes from.
 
 use std::hash::{BuildHasher, RandomState};
-use std::io;
-use std::net::TcpStream;
+use std::io::{self, Read};
+use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, TryRecvError};
 use safekeeper_protocol::codec::{
@@ -110,6 +111,11 @@ impl Peer {
 
     pub fn is_up(&self) -> bool {
         matches!(self.link, Link::Up(_))
+    }
+
+    /// It is up, or being dialled.
+    pub fn is_tried(&self) -> bool {
+        !matches!(self.link, Link::Down { .. })
     }
 
     /// The open connection's socket, and whether bytes wait to be taken by it.
@@ -260,6 +266,17 @@ impl Peer {
         news
     }
 
+    /// Gives the other side what is still to be sent, and waits until it has closed its end, for at
+    /// most `time`: if we just closed ours, answers that nobody has read would break the connection
+    /// before it has read all of ours.
+    pub fn say_goodbye(&mut self, time: Duration) {
+        let down = Link::Down { until_ms: u64::MAX };
+        if let Link::Up(mut up) = std::mem::replace(&mut self.link, down) {
+            // Nobody is left to be told of a failure.
+            let _ = up.say_goodbye(time);
+        }
+    }
+
     /// Half of it to all of it, so that primaries that lost one safekeeper do not return in step.
     fn jittered(&self, ms: u64) -> u64 {
         let random = self.random.hash_one((self.connections, self.failures));
@@ -267,12 +284,32 @@ impl Peer {
     }
 }
 
+impl Connection {
+    fn say_goodbye(&mut self, time: Duration) -> io::Result<()> {
+        let deadline = Instant::now() + time;
+        self.stream.set_nonblocking(false)?;
+        self.stream.set_write_timeout(Some(time))?;
+        self.outbox.drain(&mut self.stream)?;
+        self.stream.shutdown(Shutdown::Write)?;
+        let mut answers = [0; 4096];
+        loop {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Ok(());
+            }
+            self.stream.set_read_timeout(Some(rest))?;
+            if self.stream.read(&mut answers)? == 0 {
+                return Ok(());
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::{Read, Write};
+    use std::io::Write;
     use std::net::TcpListener;
-    use std::time::Duration;
 
     use safekeeper_protocol::codec::encode_acceptor_message;
     use safekeeper_protocol::{

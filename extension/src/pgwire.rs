@@ -123,14 +123,18 @@ pub fn start_wal_push(stream: &mut (impl Read + Write), user: &str) -> Result<()
 }
 
 fn startup_message(user: &str) -> Vec<u8> {
-    let mut body = PROTOCOL_VERSION.to_be_bytes().to_vec();
-    let parameters = [
+    startup_message_with(&[
         ("user", user),
         ("database", "replication"),
         ("replication", "true"),
         ("application_name", "walproposer"),
-    ];
-    for (name, value) in parameters {
+    ])
+}
+
+/// The message that opens a connection. Names and values hold no zero byte.
+pub fn startup_message_with(parameters: &[(&str, &str)]) -> Vec<u8> {
+    let mut body = PROTOCOL_VERSION.to_be_bytes().to_vec();
+    for &(name, value) in parameters {
         for text in [name, value] {
             body.extend_from_slice(text.as_bytes());
             body.push(0);
@@ -157,7 +161,7 @@ fn len_word(body_len: usize) -> [u8; 4] {
 }
 
 /// The next message that is not a notice; errors become errors.
-fn read_message(stream: &mut impl Read) -> Result<(u8, Vec<u8>), WireError> {
+pub fn read_message(stream: &mut impl Read) -> Result<(u8, Vec<u8>), WireError> {
     loop {
         let mut header = [0; HEADER_LEN];
         stream.read_exact(&mut header).map_err(end_is_closed)?;

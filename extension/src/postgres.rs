@@ -26,9 +26,17 @@ pub type ClientAuthentication_hook_type =
 unsafe extern "C-unwind" {
     pub static mut ClientAuthentication_hook: ClientAuthentication_hook_type;
 
-    // pgrx wraps these; here the bare functions are needed. The last two, so that an ERROR in a
-    // command or a query passes as it is.
-    pub fn SignalHandlerForShutdownRequest(signal: c_int);
+    /// Reports what fails in the log, and raises nothing. (`xlogarchive.h`)
+    fn XLogArchiveNotify(xlog: *const c_char);
+    /// `storage/pmsignal.h`.
+    pub fn MarkPostmasterChildWalSender();
+    pub fn SendPostmasterSignal(reason: c_int);
+    /// `utils/timeout.h`.
+    pub fn disable_all_timeouts(keep_indicators: bool);
+
+    // pgrx wraps these; here the bare functions are needed: in signal handlers, and the last two so
+    // that an ERROR in a command or a query passes as it is.
+    pub fn SetLatch(latch: *mut pg_sys::Latch);
     pub fn SignalHandlerForConfigReload(signal: c_int);
     pub fn standard_ProcessUtility(
         statement: *mut pg_sys::PlannedStmt,
@@ -68,9 +76,31 @@ pub struct Port {
 }
 
 impl Port {
+    pub fn socket(&self) -> c_int {
+        self.sock
+    }
+
     /// The client came over a Unix-domain socket.
     pub fn is_local_socket(&self) -> bool {
         i32::from(self.raddr.addr.ss_family) == libc::AF_UNIX
+    }
+}
+
+/// `PMSIGNAL_ADVANCE_STATE_MACHINE` of `storage/pmsignal.h`.
+#[cfg(not(feature = "pg18"))]
+pub const ADVANCE_STATE_MACHINE: c_int = 7;
+#[cfg(feature = "pg18")]
+pub const ADVANCE_STATE_MACHINE: c_int = 8;
+
+/// As after SIGTERM: the session ends when it next looks. May be called by a signal handler.
+///
+/// # Safety
+/// In a backend or worker.
+pub unsafe fn request_death() {
+    // SAFETY: flags of this process, of a type that handlers may set.
+    unsafe {
+        pg_sys::ProcDiePending = 1;
+        pg_sys::InterruptPending = 1;
     }
 }
 
@@ -150,12 +180,6 @@ pub fn flush_wal(lsn: Lsn) {
     unsafe { pg_sys::XLogFlush(lsn.0) }
 }
 
-/// `postgres --single`: no postmaster, no other session.
-pub fn is_single_user() -> bool {
-    // SAFETY: variables of this process, set before any library is loaded.
-    unsafe { !pg_sys::IsPostmasterEnvironment && !pg_sys::IsUnderPostmaster }
-}
-
 /// Has this server not ended recovery yet? A standby never has.
 pub fn in_recovery() -> bool {
     // SAFETY: reads shared memory that every process is attached to.
@@ -199,6 +223,59 @@ pub fn end_recovery() -> std::io::Result<()> {
     match unsafe { libc::kill(pg_sys::PostmasterPid, libc::SIGUSR1) } {
         0 => Ok(()),
         _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Asks the process that receives WAL to end; whether there is none. Another one is started after
+/// `wal_retrieve_retry_interval`.
+pub fn end_receiver() -> bool {
+    // SAFETY: a structure in shared memory; the number is read under its lock.
+    let pid = unsafe {
+        let receiver = pg_sys::WalRcv;
+        pg_sys::SpinLockAcquire(&raw mut (*receiver).mutex);
+        let pid = (*receiver).pid;
+        pg_sys::SpinLockRelease(&raw mut (*receiver).mutex);
+        pid
+    };
+    if pid != 0 {
+        // SAFETY: a process of this server's, or one that has just ended.
+        unsafe { libc::kill(pid, libc::SIGTERM) };
+    }
+    pid == 0
+}
+
+/// Has replay cancelled this session, because it could see what is to be removed?
+pub fn is_cancelled_by_replay() -> bool {
+    // SAFETY: our own structure, which startup sets the flag in before it signals us.
+    unsafe { !pg_sys::MyProc.is_null() && (*pg_sys::MyProc).recoveryConflictPending }
+}
+
+/// Replay may remove what this statement could see: it reads nothing any more. Outside a transaction
+/// block only, where a later statement could.
+pub fn give_snapshot_up() {
+    // SAFETY: looks at the transaction's state; our own structure, whose field others only read.
+    // `SnapshotResetXmin` and `GetSnapshotData` take an invalid number for none.
+    unsafe {
+        if !pg_sys::IsTransactionBlock() {
+            (*pg_sys::MyProc).xmin = pg_sys::InvalidTransactionId;
+        }
+    }
+}
+
+/// Is there such a session or worker?
+pub fn is_there(pid: i32) -> bool {
+    // SAFETY: looks for the process under a lock.
+    unsafe { !pg_sys::BackendPidGetProc(pid).is_null() }
+}
+
+/// Has the archiver take a file of `pg_wal`, if there is an archiver.
+pub fn archive(name: &str) {
+    let name = CString::new(name).expect("a file's name");
+    // SAFETY: a setting; a C string that is copied.
+    unsafe {
+        if pg_sys::XLogArchiveMode > pg_sys::ArchiveMode::ARCHIVE_MODE_OFF as i32 {
+            XLogArchiveNotify(name.as_ptr());
+        }
     }
 }
 
@@ -385,6 +462,47 @@ unsafe fn placeholders_among(settings: &[*mut pg_sys::config_generic]) -> Vec<St
         placeholder.then(|| name.to_string_lossy().into_owned())
     };
     settings.iter().filter_map(name).collect()
+}
+
+/// Reads the configuration again if a signal has asked for it. Whether it has.
+pub fn reload_if_asked() -> bool {
+    // SAFETY: a flag that a signal handler of this process sets; outside a transaction, as
+    // Postgres's own workers do it.
+    unsafe {
+        let asked = pg_sys::ConfigReloadPending != 0;
+        if asked {
+            pg_sys::ConfigReloadPending = 0;
+            pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
+        }
+        asked
+    }
+}
+
+/// The postmaster writes it there before it signals anybody. A smart stop does so too, long before
+/// sessions end. (`miscadmin.h`)
+pub fn lock_file_says_stopping() -> bool {
+    const STATUS_LINE: usize = 8;
+    let lock_file = std::fs::read_to_string(data_directory().join("postmaster.pid"));
+    lock_file.is_ok_and(|text| {
+        text.lines()
+            .nth(STATUS_LINE - 1)
+            .is_some_and(|status| status.trim() == "stopping")
+    })
+}
+
+/// The Unix-domain sockets on which this server listens; one that begins with `@` is no file.
+pub fn socket_paths() -> Vec<String> {
+    let directories = setting(c"unix_socket_directories").unwrap_or_default();
+    // SAFETY: set once at start.
+    let port = unsafe { pg_sys::PostPortNumber };
+    let directories = directories.split(',').map(|directory| {
+        let directory = directory.trim();
+        directory.trim_matches('"')
+    });
+    let directories = directories.filter(|directory| !directory.is_empty());
+    directories
+        .map(|directory| format!("{directory}/.s.PGSQL.{port}"))
+        .collect()
 }
 
 /// The data directory, as an absolute path.

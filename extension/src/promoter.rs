@@ -17,15 +17,16 @@
 //! Postgres chooses its new timeline by itself: the one after the newest history file that it finds.
 //! Numbers that were taken by promotions that died have no file, so the promoter puts *placeholders*
 //! in their place, which name no ancestor and are therefore followed by nobody. Behind the newest
-//! real one they must not stay: a standby would take them for the newest timeline when it starts. So
-//! they go when the promotion is given up, and before the next start.
+//! real one they must not stay for ever: a standby would take them for the newest timeline when it
+//! starts. So they go before the next start. Until then they are kept, and one is added for the
+//! number that was given up: whoever ends recovery by hand must not get it again.
 //!
 //! What a crash leaves: a standby as before. A won term that nobody uses is an empty reign; the
 //! local history and the placeholders are void at the next start. After the end of recovery: a
 //! primary that has begun its timeline in a term that is its own.
 
 use std::ffi::CStr;
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -40,7 +41,7 @@ use crate::settings::settings;
 use crate::shmem::{self, Status};
 use crate::threads::Waker;
 use crate::wait_set::WaitSet;
-use crate::{postgres, worker};
+use crate::{postgres, stop, worker};
 
 pub const NAME: &CStr = c"walproposer promoter";
 pub const ENTRY: &CStr = c"walproposer_promoter_main";
@@ -53,18 +54,20 @@ const POLL_MS: u64 = 20;
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn walproposer_promoter_main(_arg: pg_sys::Datum) {
     worker::prepare_process();
-    if !postgres::in_recovery() {
-        worker::end_for_good();
-    }
     // SAFETY: a callback that lives as long as the process.
     unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::null()) };
-    // One that ended in the middle of a promotion may have left both.
-    forget_reigns();
-    remove_placeholders(&pg_wal());
+    // First of all: from here on the worker waits for our end, before it looks at the history.
     // SAFETY: a variable of this process.
     promotion::open_board(unsafe { pg_sys::MyProcPid });
-    publish_idle();
-    serve();
+    if postgres::in_recovery() {
+        // One that ended in the middle of a promotion may have left it; unless it is the term in
+        // which recovery is about to end.
+        if !promotion::is_ending() {
+            forget_reigns();
+        }
+        publish_idle();
+        serve();
+    }
     worker::end_for_good();
 }
 
@@ -83,13 +86,19 @@ fn serve() {
         worker::reset_latch();
         wake_receiver.clear();
         check_for_interrupts!();
-        worker::take_reload();
-        if worker::shutdown_requested() {
+        postgres::reload_if_asked();
+        if stop::is_requested() {
             worker::end();
         }
         let is_over = !postgres::in_recovery();
         match &mut campaign {
-            None if is_over => return,
+            None if is_over => {
+                if let Some(request) = promotion::open_request() {
+                    let reason = "recovery was ended meanwhile";
+                    promotion::answer(&request, Answer::GivenUp, reason);
+                }
+                return;
+            }
             None => campaign = promotion::open_request().map(|it| Campaign::begin(it, &waker)),
             Some(running) => {
                 if let Some((outcome, reason)) = running.turn(&readable, is_over) {
@@ -130,6 +139,8 @@ struct Campaign {
     /// Why it is not further, for whoever asked.
     waits_for: String,
     stage: Stage,
+    /// While it is prepared: no quorum has answered since.
+    unheard_since: Option<Instant>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,9 +149,12 @@ enum Stage {
     Preparing,
     /// Somebody else will end recovery.
     Prepared,
-    /// Postgres has been told to end recovery.
+    /// Postgres has been told to end recovery: there is no way back.
     Ending,
 }
+
+/// How a campaign has ended, and why.
+type Outcome = (Answer, String);
 
 impl Campaign {
     fn begin(request: Request, waker: &Waker) -> Campaign {
@@ -149,86 +163,151 @@ impl Campaign {
             "promotion: asked for; WAL is replayed up to {} on timeline {}",
             replayed.lsn, replayed.tli
         ));
+        // When recovery ends Postgres looks there once more, for whatever there is.
+        let command = postgres::setting(c"restore_command").unwrap_or_default();
+        if !command.is_empty() && !command.contains("fetch-wal") {
+            postgres::warning(
+                "restore_command is not safekeeper fetch-wal: WAL from an archive may lie beyond the quorum's log",
+                "If it does, recovery ends in the wrong place, and this server cannot lead.",
+            );
+        }
         Campaign {
             request,
             pusher: Pusher::for_standby(&settings(), waker.clone()),
             deadline: Instant::now() + request.wait,
             waits_for: "nothing was heard from the safekeepers".to_owned(),
             stage: Stage::Preparing,
+            unheard_since: None,
         }
     }
 
     /// What came of it, when it is over.
-    fn turn(&mut self, readable: &[usize], is_over: bool) -> Option<(Answer, String)> {
+    fn turn(&mut self, readable: &[usize], is_over: bool) -> Option<Outcome> {
         self.pusher.turn(readable);
         if let Some(reason) = self.pusher.wait_reason() {
             self.waits_for = reason;
         }
-        if is_over {
-            return Some(self.take_over());
+        match self.stage {
+            _ if is_over => Some(self.take_over()),
+            Stage::Ending => None,
+            Stage::Prepared => self.stay_prepared(),
+            Stage::Preparing => self.prepare(),
         }
-        if self.pusher.is_hopeless() {
-            return Some((Answer::Refused, self.waits_for.clone()));
-        }
-        match self.pusher.promotion_step() {
+    }
+
+    fn prepare(&mut self) -> Option<Outcome> {
+        let refused = match self.pusher.promotion_step() {
+            _ if self.pusher.is_hopeless() => Some(self.waits_for.clone()),
             Some(PromotionStep::Replay { end_lsn }) => match self.pusher.replayed(end_lsn) {
-                Replayed::Waiting(how_far) => self.waits_for = how_far,
-                Replayed::Whole => self.pusher.on_replayed(),
-                Replayed::Wrong(reason) => return Some((Answer::Refused, reason)),
+                Replayed::Waiting(how_far) => self.wait_for(how_far),
+                Replayed::Wrong(reason) => Some(reason),
+                Replayed::Whole => {
+                    self.pusher.on_replayed();
+                    None
+                }
             },
-            Some(PromotionStep::Switch { tli, switch_lsn }) if self.stage == Stage::Preparing => {
-                self.let_recovery_end(tli, switch_lsn);
+            Some(PromotionStep::Switch { tli, switch_lsn }) => {
+                self.let_recovery_end(tli, switch_lsn)
             }
-            _ => {}
+            None => None,
+        };
+        if let Some(reason) = refused {
+            return Some((Answer::Refused, reason));
         }
-        if self.stage == Stage::Prepared {
-            self.take_next_request();
-        }
-        if self.stage == Stage::Ending {
-            return None;
-        }
-        let is_late = Instant::now() >= self.deadline;
-        let is_withdrawn = promotion::is_withdrawn(&self.request);
-        (is_late || is_withdrawn).then(|| (Answer::GivenUp, self.waits_for.clone()))
+        let gives_up = self.stage == Stage::Preparing
+            && (Instant::now() >= self.deadline || promotion::is_withdrawn(&self.request));
+        gives_up.then(|| (Answer::GivenUp, self.waits_for.clone()))
     }
 
-    /// Whoever has prepared may ask for the promotion itself, or for more time.
-    fn take_next_request(&mut self) {
-        if let Some(request) = promotion::open_request() {
-            self.request = request;
-            self.deadline = Instant::now() + request.wait;
-            self.stage = Stage::Preparing;
-        }
+    fn wait_for(&mut self, reason: String) -> Option<String> {
+        self.waits_for = reason;
+        None
     }
 
-    /// All is done but the end of recovery.
-    fn let_recovery_end(&mut self, tli: Tli, switch_lsn: Lsn) {
-        if let Err(error) = place_placeholders(&pg_wal(), postgres::replayed().tli, tli.0) {
-            self.waits_for = format!("could not write into pg_wal: {error}");
-            return;
+    /// All is done but the end of recovery. The reason, if it turns out that it must not end.
+    fn let_recovery_end(&mut self, tli: Tli, switch_lsn: Lsn) -> Option<String> {
+        let is_promotion = self.request.wanted == Wanted::Promotion;
+        // Nothing more may come between the last look and the end.
+        if is_promotion && !postgres::end_receiver() {
+            return self.wait_for("the process that receives WAL has yet to end".to_owned());
         }
-        if self.request.wanted == Wanted::Preparation {
+        match self.pusher.still_whole(switch_lsn) {
+            Replayed::Whole => {}
+            Replayed::Waiting(why) => return self.wait_for(why),
+            Replayed::Wrong(reason) => return Some(reason),
+        }
+        match take_timelines(&pg_wal(), postgres::replayed().tli, tli.0) {
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                return Some(format!(
+                    "there is a history file of timeline {tli} in pg_wal, of which the quorum knows nothing"
+                ));
+            }
+            Err(error) => {
+                return self.wait_for(format!("could not write into pg_wal: {error}"));
+            }
+        }
+        if !is_promotion {
             postgres::log(format!(
                 "promotion: prepared for timeline {tli} at {switch_lsn}; waiting for recovery to be ended"
             ));
             self.stage = Stage::Prepared;
-            "recovery was not ended in time".clone_into(&mut self.waits_for);
             self.deadline = Instant::now() + self.request.wait;
-            return promotion::answer(&self.request, Answer::Done, "");
+            promotion::answer(&self.request, Answer::Done, "");
+            return None;
         }
+        promotion::set_ending();
         match postgres::end_recovery() {
             Ok(()) => {
                 postgres::log(format!(
                     "promotion: ending recovery, for timeline {tli} at {switch_lsn}"
                 ));
                 self.stage = Stage::Ending;
+                None
             }
-            Err(error) => self.waits_for = format!("could not end recovery: {error}"),
+            Err(error) => self.wait_for(format!("could not end recovery: {error}")),
         }
     }
 
+    /// Whoever has prepared may ask for the promotion itself, or for more time. Until recovery ends
+    /// all must stay as it was found.
+    fn stay_prepared(&mut self) -> Option<Outcome> {
+        if let Some(request) = promotion::open_request() {
+            self.request = request;
+            self.deadline = Instant::now() + request.wait;
+            self.stage = Stage::Preparing;
+            return self.prepare();
+        }
+        if self.pusher.is_hopeless() {
+            return Some((Answer::Refused, self.waits_for.clone()));
+        }
+        if let Some(PromotionStep::Switch { switch_lsn, .. }) = self.pusher.promotion_step()
+            && let Some(reason) = self.pusher.is_beyond(switch_lsn)
+        {
+            return Some((Answer::Refused, reason));
+        }
+        let unheard = match self.pusher.hears_a_quorum() {
+            true => {
+                self.unheard_since = None;
+                Duration::ZERO
+            }
+            false => self
+                .unheard_since
+                .get_or_insert_with(Instant::now)
+                .elapsed(),
+        };
+        let gives_up = |why: &str| Some((Answer::GivenUp, why.to_owned()));
+        if unheard >= settings().member_timeout {
+            return gives_up("no quorum answers any more");
+        }
+        if Instant::now() >= self.deadline {
+            return gives_up("recovery was not ended in time");
+        }
+        None
+    }
+
     /// Recovery has ended; by whom does not matter, but where.
-    fn take_over(&mut self) -> (Answer, String) {
+    fn take_over(&mut self) -> Outcome {
         let switch = match self.pusher.promotion_step() {
             Some(PromotionStep::Switch { .. }) => self.pusher.on_promoted(),
             _ => Err("recovery was ended by somebody else, before the quorum was ready".to_owned()),
@@ -243,14 +322,20 @@ impl Campaign {
     }
 
     fn end(mut self, outcome: Answer, reason: &str) {
+        let claimed = self.pusher.claimed_tli().map_or(0, |tli| tli.0);
         match outcome {
-            Answer::Done => postgres::log("promotion: recovery has ended; the worker goes on"),
+            Answer::Done => {
+                archive_placeholders(&pg_wal(), claimed);
+                postgres::log("promotion: recovery has ended; the worker goes on");
+            }
             Answer::Refused | Answer::GivenUp => {
                 // First of all: what was won must not be taken for a reign that was led.
                 self.pusher.forget_reign();
-                remove_placeholders(&pg_wal());
+                if postgres::in_recovery() {
+                    keep_number(claimed);
+                    publish_idle();
+                }
                 postgres::log(format!("promotion: given up: {reason}"));
-                publish_idle();
             }
         }
         if self.stage != Stage::Prepared {
@@ -259,21 +344,51 @@ impl Campaign {
     }
 }
 
-/// Takes the timelines between `current` and `next` that have no history file.
-fn place_placeholders(pg_wal: &Path, current: u32, next: u32) -> std::io::Result<()> {
+/// The quorum remembers the number that was claimed. Should somebody end recovery by hand after all,
+/// Postgres must not choose it again, or this server could never lead.
+fn keep_number(claimed: u32) {
+    if let Err(error) = take_timelines(&pg_wal(), postgres::replayed().tli, claimed + 1) {
+        postgres::log(format!(
+            "promotion: could not note in pg_wal that timeline {claimed} is taken: {error}"
+        ));
+    }
+}
+
+/// Takes the timelines between `current` and `next` that have no history file, and leaves `next`
+/// free. `AlreadyExists` if that has a real one.
+fn take_timelines(pg_wal: &Path, current: u32, next: u32) -> std::io::Result<()> {
     for tli in current + 1..next {
-        let path = pg_wal.join(history_file_name(tli));
-        match std::fs::OpenOptions::new()
+        let created = std::fs::OpenOptions::new()
             .write(true)
             .create_new(true)
-            .open(path)
-        {
-            Ok(mut file) => std::io::Write::write_all(&mut file, GIVEN_UP.as_bytes())?,
+            .open(pg_wal.join(history_file_name(tli)));
+        match created {
+            Ok(mut file) => {
+                file.write_all(GIVEN_UP.as_bytes())?;
+                file.sync_all()?;
+            }
             Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
             Err(error) => return Err(error),
         }
     }
-    Ok(())
+    let path = pg_wal.join(history_file_name(next));
+    match std::fs::read(&path) {
+        Ok(content) if is_given_up(&content) => std::fs::remove_file(&path)?,
+        Ok(_) => return Err(ErrorKind::AlreadyExists.into()),
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    std::fs::File::open(pg_wal)?.sync_all()
+}
+
+/// Whoever restores from an archive looks there for one number after another, too.
+fn archive_placeholders(pg_wal: &Path, newest: u32) {
+    for tli in 2..newest {
+        let name = history_file_name(tli);
+        if std::fs::read(pg_wal.join(&name)).is_ok_and(|content| is_given_up(&content)) {
+            postgres::archive(&name);
+        }
+    }
 }
 
 /// Those behind the newest real history file. One that can't be removed stays, and the standby's
@@ -299,8 +414,7 @@ pub fn remove_placeholders(pg_wal: &Path) {
 
 /// The worker's first step: a term is handed over, or will not be.
 pub fn await_end() {
-    let is_gone =
-        || (!promotion::promoter_is_there() || worker::shutdown_requested()).then_some(());
+    let is_gone = || (!promotion::promoter_is_there() || stop::is_requested()).then_some(());
     shmem::wait_for_board(Duration::MAX, is_gone);
 }
 
@@ -324,14 +438,20 @@ mod tests {
             tlis.sort_unstable();
             tlis
         };
-        place_placeholders(dir.path(), 1, 6).expect("written");
+        take_timelines(dir.path(), 1, 6).expect("written");
         assert_eq!(tlis(), [2, 3, 4, 5]);
+        let taken = take_timelines(dir.path(), 1, 3).expect_err("it is real");
+        assert_eq!(taken.kind(), ErrorKind::AlreadyExists);
+        take_timelines(dir.path(), 1, 5).expect("what was given up is free");
+        assert_eq!(tlis(), [2, 3, 4]);
+        take_timelines(dir.path(), 1, 6).expect("written again");
         let text = std::fs::read_to_string(dir.path().join("00000002.history")).expect("read");
         let parsed = TimelineHistory::parse(2, &text).expect("a history file");
         assert!(parsed.ancestors.is_empty());
         // Whatever a crash has left of one.
         std::fs::write(dir.path().join("00000004.history"), &GIVEN_UP[..9]).expect("written");
         std::fs::write(dir.path().join("00000005.history"), "").expect("written");
+        std::fs::write(dir.path().join("00000006.history"), [0; 7]).expect("written");
         remove_placeholders(dir.path());
         assert_eq!(tlis(), [2, 3]);
     }

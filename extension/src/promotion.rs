@@ -6,10 +6,14 @@
 //! ```
 //!
 //! The *board* is a few fields in shared memory. One request at a time; it is the promoter's from
-//! the moment it is asked until it is answered, so a session that ends leaves nothing behind but a
-//! note that nobody waits any more. Up to the moment when Postgres is told to end recovery, a
-//! request that is withdrawn, or has taken too long, is given up: the term it has won stays an
-//! empty reign, and whoever led before may lead again.
+//! the moment it is asked until it is answered. Up to the moment when Postgres is told to end
+//! recovery, a request that is withdrawn, whose session is gone, or that has taken too long is given
+//! up: the term it has won stays an empty reign, and whoever led before may lead again.
+//!
+//! The session holds a snapshot, and what is replayed may remove rows that it could see: then replay,
+//! which the session waits for, would wait for the session. So while it waits it gives its snapshot
+//! up; in a transaction block, where more may be read with it, it does not, and may be cancelled by
+//! replay. That is nobody's wish, and withdraws nothing.
 
 use std::time::{Duration, Instant};
 
@@ -50,6 +54,10 @@ pub struct Board {
     asked: u64,
     answered: u64,
     withdrawn: u64,
+    /// Whose end withdraws the request; 0: nobody's.
+    asker_pid: i32,
+    /// Postgres has been told to end recovery.
+    is_ending: bool,
     wanted: Wanted,
     /// How long it may take.
     wait_ms: u64,
@@ -71,6 +79,8 @@ impl Board {
         asked: 0,
         answered: 0,
         withdrawn: 0,
+        asker_pid: 0,
+        is_ending: false,
         wanted: Wanted::Promotion,
         wait_ms: 0,
         answer: Answer::Done,
@@ -85,20 +95,26 @@ impl Board {
             return Err("another promotion is under way");
         }
         self.asked += 1;
+        // SAFETY: a variable of this process.
+        self.asker_pid = unsafe { pg_sys::MyProcPid };
         self.wanted = wanted;
         self.wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
         Ok(self.asked)
     }
 
     fn answer_to(&self, number: u64) -> Option<(Answer, String)> {
-        (self.answered >= number).then(|| (self.answer, self.reason.get()))
+        match self.answered {
+            answered if answered < number => None,
+            answered if answered == number => Some((self.answer, self.reason.get())),
+            _ => Some((Answer::GivenUp, "another one was asked for".to_owned())),
+        }
     }
 }
 
 // ---- the promoter's side ------------------------------------------------------------------
 
-/// From here on promotions can be asked for. What another promoter has left open is given up: with
-/// it went the term that it had won.
+/// From here on promotions can be asked for, and the worker waits for our end. What another promoter
+/// has left open is given up: with it went the term that it had won.
 pub fn open_board(pid: i32) {
     shmem::with_board(|board| {
         board.promoter_pid = pid;
@@ -131,12 +147,24 @@ pub fn open_request() -> Option<Request> {
 
 /// Whoever asked does not wait any more.
 pub fn is_withdrawn(request: &Request) -> bool {
-    shmem::with_board(|board| board.withdrawn >= request.number).unwrap_or(true)
+    let asked = shmem::with_board(|board| (board.withdrawn >= request.number, board.asker_pid));
+    asked.is_none_or(|(withdrawn, pid)| withdrawn || pid != 0 && !postgres::is_there(pid))
+}
+
+/// Postgres is about to be told to end recovery: nothing is given up from here on, not even by a
+/// promoter that is started again.
+pub fn set_ending() {
+    shmem::with_board(|board| board.is_ending = true);
+}
+
+pub fn is_ending() -> bool {
+    shmem::with_board(|board| board.is_ending).unwrap_or(false)
 }
 
 pub fn answer(request: &Request, answer: Answer, reason: &str) {
     shmem::with_board(|board| {
         board.answered = request.number;
+        board.asker_pid = 0;
         board.answer = answer;
         board.reason.set(reason);
     });
@@ -154,11 +182,20 @@ pub fn promoter_is_there() -> bool {
 
 // ---- the session's side -------------------------------------------------------------------
 
-/// Withdraws the request, unless it was answered: also when the session is cancelled.
+/// Withdraws the request, unless it was answered: also when the session is cancelled. If it is
+/// replay that has cancelled it, the promotion goes on, and nobody waits for it.
 struct Asking(u64);
 
 impl Drop for Asking {
     fn drop(&mut self) {
+        if postgres::is_cancelled_by_replay() {
+            shmem::with_board(|board| {
+                if board.asked == self.0 {
+                    board.asker_pid = 0;
+                }
+            });
+            return;
+        }
         let pid = shmem::with_board(|board| {
             let is_open = board.answered < self.0;
             is_open.then(|| {
@@ -236,11 +273,15 @@ fn ask(wanted: Wanted, wait: Duration) -> bool {
     let asked = shmem::with_board(|board| (board.ask(wanted, wait), board.promoter_pid));
     let (number, pid) = match asked {
         Some((Ok(number), pid)) => (number, pid),
-        Some((Err(reason), _)) => not_now(reason, "Try again in a moment."),
+        Some((Err(reason), _)) => not_now(
+            reason,
+            "Try again in a moment. A server that was no standby when it was started must be started again.",
+        ),
         None => return false,
     };
     let asking = Asking(number);
     postgres::wake(pid);
+    postgres::give_snapshot_up();
     let answer_to = || shmem::with_board(|board| board.answer_to(number))?;
     // The promoter keeps the time, and says why it was not enough; this is for one that died.
     const GRACE: Duration = Duration::from_secs(5);

@@ -17,12 +17,13 @@
 //!
 //! The parts: `connections.rs` what comes in, `actions.rs` what the proposer wants done, `sending.rs`
 //! what goes out, `standing.rs` the replication slot and the views, `promotion.rs` what only a
-//! standby's does, `deposed.rs` the end of a reign by another's. Not here: signals, sleeping, shutdown
-//! (`worker.rs`).
+//! standby's does, `deposed.rs` the end of a reign by another's, `handing_over.rs` that by a stop. Not
+//! here: signals, sleeping, shutdown (`worker.rs`, `stop.rs`).
 
 mod actions;
 mod connections;
 mod deposed;
+mod handing_over;
 mod promotion;
 mod sending;
 mod standing;
@@ -65,7 +66,7 @@ pub struct Pusher {
     actions: Vec<ProposerAction>,
     /// What a standby has to do next to be promoted.
     promotion_step: Option<PromotionStep>,
-    last_look: Option<LastLook>,
+    last_look: LastLook,
 
     greeting: ProposerGreeting,
     data_dir: PathBuf,
@@ -76,7 +77,7 @@ pub struct Pusher {
     /// on whatever timeline, and there to be had from the donors.
     standby_end_lsn: Option<Lsn>,
 
-    /// None on a standby: no commit waits there.
+    /// None on a standby, where no commit waits, and in the last sender: none does any more.
     wal_sender: Option<WalSenderSlot>,
     positions: Positions,
     /// Of the quorum: from the first time WAL goes out to its commit.
@@ -91,6 +92,7 @@ pub struct Pusher {
     slot_due_ms: u64,
 
     waker: Waker,
+    member_timeout_ms: u64,
     started: Instant,
     status: Box<Status>,
     /// The last reason for not leading that was logged.
@@ -107,14 +109,15 @@ struct Member {
 }
 
 impl Pusher {
-    /// Reads what the data directory says. Postgres has recovered and accepts writes.
-    pub fn new(settings: &Settings, wal_sender: WalSenderSlot, waker: Waker) -> Pusher {
+    /// Reads what the data directory says. Postgres has recovered and accepts writes; or it has
+    /// stopped doing so, and there is no WAL sender slot to be given.
+    pub fn new(settings: &Settings, wal_sender: Option<WalSenderSlot>, waker: Waker) -> Pusher {
         let found = Found {
             standing: Standing::Running,
             tli: postgres::insertion_tli(),
             end_lsn: postgres::insert_lsn(),
         };
-        Pusher::with(settings, Some(wal_sender), waker, found)
+        Pusher::with(settings, wal_sender, waker, found)
     }
 
     /// On a standby, to promote it.
@@ -185,7 +188,7 @@ impl Pusher {
             comparison: None,
             actions,
             promotion_step: None,
-            last_look: None,
+            last_look: LastLook::default(),
             greeting: ProposerGreeting {
                 proposer_id: local.proposer_id,
                 cluster,
@@ -195,7 +198,6 @@ impl Pusher {
             tli,
             format,
             standby_end_lsn: (standing == Standing::Standby).then_some(local_end_lsn),
-            wal_sender,
             positions: Positions::default(),
             lag: Lag::default(),
             is_streaming: false,
@@ -203,8 +205,10 @@ impl Pusher {
             slot: None,
             slot_name: settings.slot_name.clone(),
             slot_obstacle: String::new(),
-            slot_due_ms: 0,
+            slot_due_ms: if wal_sender.is_some() { 0 } else { u64::MAX },
+            wal_sender,
             waker,
+            member_timeout_ms: millis(settings.member_timeout),
             started: Instant::now(),
             status: Box::new(Status::EMPTY),
             logged_wait: String::new(),

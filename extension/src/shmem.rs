@@ -3,12 +3,13 @@
 //! | what | written by | read by |
 //! |---|---|---|
 //! | `commit_lsn` | worker, before it releases commits | every committing backend, `walproposer_wait_commit` |
-//! | `waits_cancelled` | backends whose wait was cancelled | the view |
+//! | `waits_cancelled` | backends whose wait ended without the quorum | the view |
 //! | `wal_senders` | connections that are WAL senders | the next one |
 //! | the gate | postmaster, before recovery; worker | sessions that are being authenticated |
 //! | `read_only` | worker | every statement |
-//! | the won term | postmaster, before recovery; promoter | the worker, once |
+//! | the won term | postmaster, before recovery; promoter; worker, at a stop | the worker, the last sender, once |
 //! | [`Board`] | sessions that ask for a promotion; promoter | each other, under the lock |
+//! | `stop` | see `stop/shared.rs` | |
 //! | [`Status`] | worker, under a lock, before it goes to sleep | the views |
 //!
 //! It is made anew when the server starts and after a crash-restart, and survives a restart of the
@@ -23,6 +24,7 @@ use safekeeper_protocol::{Configuration, Lsn, WonTerm};
 
 use crate::promotion::Board;
 use crate::start;
+use crate::stop::StopShared;
 
 const NAME: &CStr = c"walproposer";
 
@@ -127,6 +129,7 @@ struct Shared {
     commit_lsn: AtomicU64,
     waits_cancelled: AtomicU64,
     wal_senders: AtomicI32,
+    stop: StopShared,
     commit_moved: UnsafeCell<pg_sys::ConditionVariable>,
     gate: AtomicU64,
     read_only: AtomicBool,
@@ -226,14 +229,14 @@ fn shared() -> Option<&'static Shared> {
 }
 
 /// For the worker that is to start: by the postmaster before recovery, when it is alone, or by the
-/// promoter at the end of it, for which the worker waits.
+/// promoter at the end of it, for which the worker waits. For the last sender of a stop: by the
+/// worker, which has taken what was there before, as its last act.
 pub fn hand_over(won: &WonTerm) {
     let bytes = start::encode_won(won);
     let Some(shared) = shared().filter(|_| bytes.len() <= WON_LEN_MAX) else {
         return;
     };
-    // SAFETY: nobody else writes here at that time, nor reads while the length is 0, and it is
-    // checked.
+    // SAFETY: nobody reads while `won_len` is 0; the length is checked.
     unsafe {
         shared
             .won
@@ -244,12 +247,12 @@ pub fn hand_over(won: &WonTerm) {
     shared.won_len.store(bytes.len(), Ordering::Release);
 }
 
-/// The term that the start has won, for whoever asks first: a worker that is started again stands
-/// for election.
+/// The term that was handed over, for whoever asks first: a worker that is started again stands for
+/// election.
 pub fn take_won_term() -> Option<WonTerm> {
     let shared = shared()?;
     let len = shared.won_len.swap(0, Ordering::AcqRel).min(WON_LEN_MAX);
-    // SAFETY: written before the length was, and not again while this server starts or promotes.
+    // SAFETY: written before the length was, and by nobody since: it was not taken.
     let bytes = unsafe { std::slice::from_raw_parts(shared.won.get().cast::<u8>(), len) };
     if bytes.is_empty() {
         return None;
@@ -310,6 +313,10 @@ pub fn wait_for_gate() {
         }
         pg_sys::ConditionVariableCancelSleep();
     }
+}
+
+pub fn stop() -> Option<&'static StopShared> {
+    shared().map(|shared| &shared.stop)
 }
 
 /// No transaction may write any more, or may again. By the worker.
@@ -385,7 +392,7 @@ pub fn wait_for_commit(lsn: Lsn, timeout_ms: Option<u64>) -> bool {
     }
 }
 
-/// A backend's wait for the quorum ended without it.
+/// A commit's wait for the quorum ended without it.
 pub fn count_cancelled_wait() {
     if let Some(shared) = shared() {
         shared.waits_cancelled.fetch_add(1, Ordering::Relaxed);

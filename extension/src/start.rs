@@ -20,7 +20,7 @@
 //! |---|---|
 //! | nothing to recover | no quorum was ever configured: recovery, and first use by the worker |
 //! | won | recovery of the log, completed if need be; the worker goes on in the won term |
-//! | refused | FATAL: another primary has written, or other bytes; the advice that fits. In single-user mode a warning: it recovers, to be rewound |
+//! | refused | FATAL: another primary has written, or other bytes; the advice that fits |
 //!
 //! The won term is handed over in shared memory, for this start only (S7). Sessions are held until
 //! the recovered WAL is on the quorum (`gate.rs`).
@@ -62,10 +62,11 @@ pub fn before_recovery() {
     leave_fetch_settings(&settings);
     promoter::remove_placeholders(&data_dir.join("pg_wal"));
     if is_standby() {
-        return forget_reigns();
+        return become_standby();
     }
     let control = postgres::ControlFile::read();
     let local = load_local_history(&data_dir, system_id);
+    refuse_half_a_promotion(&control, &local);
     if settings::start_without_quorum() {
         return start_alone(&control, local);
     }
@@ -85,7 +86,7 @@ pub fn before_recovery() {
     };
     // An administrator may have seen what it waits for, and decided.
     if is_standby() {
-        return forget_reigns();
+        return become_standby();
     }
     match last_word {
         FromCandidate::NothingToRecover => {
@@ -109,18 +110,6 @@ pub fn before_recovery() {
             postgres::log(format!("the start was elected in term {}", won.term));
             shmem::hand_over(&won);
             shmem::close_gate();
-        }
-        // Nobody can connect, and nothing is acknowledged: this is how pg_rewind and HA managers
-        // recover a crashed server that they are going to rewind.
-        FromCandidate::Refused { reason, hint } if postgres::is_single_user() => {
-            let unled_from = record_unled(&control, load_local_history(&data_dir, system_id));
-            postgres::warning(
-                format!(
-                    "this server must not start as a primary: {reason}; in single-user mode it recovers all the \
-                     same, and its WAL from {unled_from} on is led by no term"
-                ),
-                &hint,
-            );
         }
         FromCandidate::Refused { reason, hint } => postgres::fatal(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
@@ -158,17 +147,53 @@ fn user(settings: &Settings) -> String {
     user.unwrap_or_else(postgres::os_user)
 }
 
+/// Nobody's wish to end recovery outlives the server that it was told. Postgres itself removes the
+/// file only when the postmaster starts.
+fn become_standby() {
+    forget_reigns();
+    let _ = std::fs::remove_file(postgres::data_directory().join("promote"));
+}
+
+/// When recovery ends, `standby.signal` goes a moment before the new timeline is noted in the control
+/// file. A server that died in between would go on writing on the old timeline, in the name of a
+/// reign that was won for the new one.
+fn refuse_half_a_promotion(control: &postgres::ControlFile, local: &LocalHistory) {
+    let claimed = local.history.last().map_or(0, |reign| reign.tli.0);
+    if claimed > control.tli {
+        postgres::fatal(
+            PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!(
+                "this server must not start as a primary: it died while it was promoted to timeline {claimed}, and                  is on timeline {} still",
+                control.tli
+            ),
+            "Create \"standby.signal\", start this server as a standby, and promote it again.",
+        );
+    }
+}
+
 /// It recovers to no end of its own: another server's WAL, or up to a point in time.
-pub fn is_standby() -> bool {
+fn is_standby() -> bool {
     let data_dir = postgres::data_directory();
     ["standby.signal", "recovery.signal"]
         .iter()
         .any(|name| data_dir.join(name).exists())
 }
 
-/// The loud override.
+/// The loud override. What is written from here on is no quorum's, until one says so.
 fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
-    let unled_from = record_unled(control, local);
+    let end = local_end(control);
+    let unled_from = local
+        .unled_from
+        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
+    let unled = LocalHistory {
+        unled_from: Some(unled_from),
+        ..local
+    };
+    store_local_history(&unled);
+    // An earlier start may have completed the log and not come to say so.
+    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
+        control.set_in_production();
+    }
     postgres::warning(
         format!(
             "walproposer.start_without_quorum is on: starting without asking the safekeepers; WAL from {unled_from} \
@@ -176,23 +201,6 @@ fn start_alone(control: &postgres::ControlFile, local: LocalHistory) {
         ),
         "Switch it off again. If the safekeepers hold more, this server can never lead again.",
     );
-}
-
-/// What is written from here on is no quorum's, until one says so. Returns from where on.
-fn record_unled(control: &postgres::ControlFile, local: LocalHistory) -> Lsn {
-    let end = local_end(control);
-    let unled_from = local
-        .unled_from
-        .map_or(end.end_lsn, |lsn| lsn.min(end.end_lsn));
-    store_local_history(&LocalHistory {
-        unled_from: Some(unled_from),
-        ..local
-    });
-    // An earlier start may have completed the log and not come to say so.
-    if control.is_shut_down() && end.end_lsn > end.checkpoint_end_lsn {
-        control.set_in_production();
-    }
-    unled_from
 }
 
 fn local_end(control: &postgres::ControlFile) -> LocalEnd {

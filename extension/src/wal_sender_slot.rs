@@ -23,7 +23,7 @@ use pgrx::{PgSqlErrorCode, pg_guard, pg_sys};
 use safekeeper_protocol::Lsn;
 
 use crate::postgres::{self, ClientAuthentication_hook_type, Port};
-use crate::{gate, shmem};
+use crate::{gate, shmem, stop};
 
 /// The name under which commits wait for us.
 pub const APPLICATION_NAME: &CStr = c"walproposer";
@@ -206,7 +206,7 @@ pub fn count_others() -> i32 {
 /// The hook that was there before ours; 0 if none.
 static PREVIOUS_HOOK: AtomicUsize = AtomicUsize::new(0);
 
-/// Keeps a slot for the worker. From `_PG_init` in the postmaster.
+/// Keeps a slot for the worker, and makes one connection the last sender. From `_PG_init` in the postmaster.
 pub fn register_hook() {
     // SAFETY: the postmaster is single-threaded while it loads libraries.
     unsafe {
@@ -218,6 +218,12 @@ pub fn register_hook() {
 
 #[pg_guard]
 unsafe extern "C-unwind" fn on_authentication(port: *mut Port, status: c_int) {
+    // SAFETY: a variable of this process, and the port that Postgres hands over.
+    unsafe {
+        if pg_sys::am_walsender && shmem::is_there() {
+            stop::enter_if_invited(port);
+        }
+    }
     let previous = PREVIOUS_HOOK.load(Ordering::Relaxed);
     // SAFETY: what `register_hook` found, 0 being a null pointer and that None.
     let previous: ClientAuthentication_hook_type = unsafe { std::mem::transmute(previous) };

@@ -10,7 +10,7 @@
 //!
 //! | | |
 //! |---|---|
-//! | shutdown of the server | goes on while sessions are there, for their commits; at most `shutdown_timeout` |
+//! | shutdown of the server | goes on while sessions are there, for their commits; then see `stop.rs` |
 //! | SIGTERM without a shutdown | at once |
 //! | an ERROR, a panic of a thread | at once |
 //! | the postmaster dies | at once |
@@ -18,18 +18,17 @@
 //! It ends with status 1, whereupon the postmaster starts it again after a second, unless it is
 //! shutting down. The new one stands for election again; commits wait meanwhile.
 
-use std::ffi::{CStr, c_char, c_int};
-use std::time::{Duration, Instant};
-
 use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
+use std::ffi::{CStr, c_char, c_int};
 
 use crate::pusher::Pusher;
-use crate::settings::{self, settings};
+use crate::settings::settings;
 use crate::shmem::{self, Status};
+use crate::stop::{self, Line, Stopping};
 use crate::threads::{WakeReceiver, Waker, waker};
 use crate::wait_set::WaitSet;
-use crate::wal_sender_slot::{APPLICATION_NAME, WalSenderSlot, count_others};
-use crate::{postgres, promoter, start};
+use crate::wal_sender_slot::{APPLICATION_NAME, WalSenderSlot};
+use crate::{postgres, promoter};
 
 const NAME: &CStr = c"walproposer";
 const ENTRY: &CStr = c"walproposer_main";
@@ -43,10 +42,9 @@ const POLL_MS: u64 = 50;
 pub fn register() {
     let when_recovered = pg_sys::BgWorkerStartTime::BgWorkerStart_RecoveryFinished;
     register_process(NAME, ENTRY, when_recovered);
-    if start::is_standby() {
-        let when_consistent = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
-        register_process(promoter::NAME, promoter::ENTRY, when_consistent);
-    }
+    // Of use on a standby only; elsewhere it ends at once.
+    let when_consistent = pg_sys::BgWorkerStartTime::BgWorkerStart_ConsistentState;
+    register_process(promoter::NAME, promoter::ENTRY, when_consistent);
 }
 
 fn register_process(name: &CStr, entry: &CStr, start: pg_sys::BgWorkerStartTime::Type) {
@@ -86,30 +84,37 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
     let (waker, wake_receiver) = new_waker();
     promoter::await_end();
     let mut wait_set = WaitSet::new(wake_receiver.fd());
-    let mut pusher = Pusher::new(&settings, wal_sender, waker);
-    let mut shutdown: Option<Instant> = None;
+    let mut line = Line::new(waker.clone());
+    let mut pusher = Pusher::new(&settings, Some(wal_sender), waker);
+    let mut stopping: Option<Stopping> = None;
     let mut readable = Vec::new();
     loop {
         // Before looking at anything: what happens from here on wakes us.
         reset_latch();
         wake_receiver.clear();
         check_for_interrupts!();
-        if take_reload() {
+        if postgres::reload_if_asked() {
             pusher.on_reload();
         }
         pusher.turn(&readable);
-        if shutdown_requested() {
-            let since = *shutdown.get_or_insert_with(|| begin_shutdown(&mut pusher));
-            if may_end(since) {
+        if stop::is_requested() {
+            let stopping = stopping.get_or_insert_with(|| Stopping::begin(&mut pusher));
+            if stopping.may_end(&pusher) {
+                stopping.hand_over(&mut pusher);
                 end();
             }
         }
-        let limit = if shutdown.is_some() {
+        let wants_last_sender = stopping.is_none() && pusher.is_leading();
+        line.turn(wants_last_sender);
+        let limit = if stopping.is_some() {
             POLL_MS
         } else {
-            u64::MAX
+            line.idle_ms(wants_last_sender)
         };
-        readable = wait_set.wait(&pusher.sockets(), pusher.idle_ms().min(limit));
+        let mut sockets = pusher.sockets();
+        sockets.extend(line.socket());
+        readable = wait_set.wait(&sockets, pusher.idle_ms().min(limit));
+        line.take_readable(&mut readable);
     }
 }
 
@@ -117,6 +122,9 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
 #[pg_guard]
 unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
     shmem::publish_stopped();
+    if let Some(stop) = shmem::stop() {
+        stop.leave_worker();
+    }
 }
 
 /// For threads to wake a main loop by.
@@ -131,14 +139,11 @@ pub fn new_waker() -> (Waker, WakeReceiver) {
 }
 
 pub fn prepare_process() {
-    // SAFETY: the first calls of a background worker, in the order Postgres expects. The handlers
-    // are Postgres's own: they set a flag and the latch. Without a database, so that the worker
+    stop::catch_request();
+    // SAFETY: the first calls of a background worker, in the order Postgres expects. The handler
+    // is Postgres's own: it sets a flag and the latch. Without a database, so that the worker
     // is listed in pg_stat_replication and holds no database up.
     unsafe {
-        pg_sys::pqsignal(
-            libc::SIGTERM,
-            Some(postgres::SignalHandlerForShutdownRequest),
-        );
         pg_sys::pqsignal(libc::SIGHUP, Some(postgres::SignalHandlerForConfigReload));
         pg_sys::BackgroundWorkerUnblockSignals();
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
@@ -159,7 +164,7 @@ fn take_wal_sender_slot() -> Option<WalSenderSlot> {
         if let Some(slot) = WalSenderSlot::take() {
             return Some(slot);
         }
-        if shutdown_requested() {
+        if stop::is_requested() {
             return None;
         }
         if !said_so {
@@ -194,63 +199,6 @@ fn sleep(ms: u64) {
 pub fn reset_latch() {
     // SAFETY: our own latch.
     unsafe { pg_sys::ResetLatch(pg_sys::MyLatch) };
-}
-
-/// Reads the configuration again if the postmaster has asked for it; whether it has.
-pub fn take_reload() -> bool {
-    // SAFETY: a flag that a signal handler of this thread sets; the file is read outside a
-    // transaction, as Postgres's own workers do it.
-    unsafe {
-        let pending = pg_sys::ConfigReloadPending != 0;
-        pg_sys::ConfigReloadPending = 0;
-        if pending {
-            pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP);
-        }
-        pending
-    }
-}
-
-pub fn shutdown_requested() -> bool {
-    // SAFETY: a flag that a signal handler of this thread sets.
-    unsafe { pg_sys::ShutdownRequestPending != 0 }
-}
-
-/// The slot may be wanted by whoever sent the signal: a server that invalidates slots does so.
-fn begin_shutdown(pusher: &mut Pusher) -> Instant {
-    pusher.release_slot();
-    Instant::now()
-}
-
-/// At shutdown the sessions' commits want their answer, and sessions end when they have it.
-fn may_end(since: Instant) -> bool {
-    if !server_is_stopping() {
-        return true;
-    }
-    // SAFETY: counts under a lock of its own. We are among them, and so are real WAL senders,
-    // which end after us.
-    let backends = unsafe { pg_sys::CountDBBackends(pg_sys::InvalidOid) };
-    if backends - count_others() <= 1 {
-        return true;
-    }
-    let too_long =
-        since.elapsed() >= settings::shutdown_timeout().max(Duration::from_millis(POLL_MS));
-    if too_long {
-        postgres::log(
-            "sessions are left that the quorum has not confirmed; not waiting any longer",
-        );
-    }
-    too_long
-}
-
-/// The postmaster says so in its lock file, before it signals anybody. (`miscadmin.h`)
-fn server_is_stopping() -> bool {
-    const STATUS_LINE: usize = 8;
-    let lock_file = std::fs::read_to_string(postgres::data_directory().join("postmaster.pid"));
-    lock_file.is_ok_and(|text| {
-        text.lines()
-            .nth(STATUS_LINE - 1)
-            .is_some_and(|status| status.trim() == "stopping")
-    })
 }
 
 /// Status 0, so that the postmaster does not.

@@ -192,7 +192,16 @@ impl Cluster {
 
     /// Runs a statement on a connection of its own, in the background: it may take for ever.
     pub fn commit_in_background(&self, statement: &str) -> BackgroundCommit {
-        BackgroundCommit::start(self.primary.config(), statement.to_owned())
+        self.commit_in_background_with("", statement)
+    }
+
+    /// The same for a statement that must be sent by itself, after settings.
+    pub fn commit_in_background_with(&self, settings: &str, statement: &str) -> BackgroundCommit {
+        BackgroundCommit::start_with(
+            self.primary.config(),
+            settings.to_owned(),
+            statement.to_owned(),
+        )
     }
 }
 
@@ -203,8 +212,18 @@ pub struct BackgroundCommit {
 
 impl BackgroundCommit {
     pub fn start(config: ::postgres::Config, statement: String) -> BackgroundCommit {
+        BackgroundCommit::start_with(config, String::new(), statement)
+    }
+
+    fn start_with(
+        config: ::postgres::Config,
+        settings: String,
+        statement: String,
+    ) -> BackgroundCommit {
         let thread = std::thread::spawn(move || {
-            config.connect(::postgres::NoTls)?.batch_execute(&statement)
+            let mut client = config.connect(::postgres::NoTls)?;
+            client.batch_execute(&settings)?;
+            client.batch_execute(&statement)
         });
         BackgroundCommit { thread }
     }

@@ -31,8 +31,19 @@ pub struct Postgres {
 /// How to stop a server, as `pg_ctl stop -m` says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
+    Smart,
     Fast,
     Immediate,
+}
+
+impl Stop {
+    fn ask(self, process: &Process) {
+        process.signal(match self {
+            Stop::Smart => libc::SIGTERM,
+            Stop::Fast => libc::SIGINT,
+            Stop::Immediate => libc::SIGQUIT,
+        });
+    }
 }
 
 impl Postgres {
@@ -200,11 +211,20 @@ impl Postgres {
             .process
             .take()
             .expect("only a running server can be stopped");
-        process.signal(match how {
-            Stop::Fast => libc::SIGINT,
-            Stop::Immediate => libc::SIGQUIT,
-        });
+        how.ask(&process);
         process.wait(SOON);
+    }
+
+    /// Asks for a stop, and does not wait for it: see [`Postgres::ended`].
+    pub fn begin_stop(&self, how: Stop) {
+        how.ask(self.process());
+    }
+
+    /// Waits for the end of a server that was asked to stop.
+    #[track_caller]
+    pub fn wait_ended(&mut self, limit: Duration) {
+        let mut process = self.process.take().expect("it was running");
+        process.wait(limit);
     }
 
     pub fn kill9(&mut self) {
@@ -353,6 +373,19 @@ impl Postgres {
         command.args(["--no-vacuum", "--client", &clients.to_string()]);
         command.args(["--jobs", "2", "--time", &time.as_secs().to_string()]);
         command
+    }
+
+    /// A line of `pg_controldata`, by what stands before the colon.
+    #[track_caller]
+    pub fn control_data(&self, name: &str) -> String {
+        let mut command = self.program("pg_controldata");
+        command.arg(&self.data).env("LC_ALL", "C");
+        let output = run_ok(command);
+        let line = output.lines().find_map(|line| {
+            let (found, value) = line.split_once(':')?;
+            (found == name).then(|| value.trim().to_owned())
+        });
+        line.unwrap_or_else(|| panic!("no {name:?} in:\n{output}"))
     }
 
     /// The background worker of the extension, if it runs.

@@ -114,6 +114,51 @@ fn what_was_committed_is_replayed_first() {
     standby.sql("insert into t values (0)");
 }
 
+/// What is replayed removes rows that the session could see which asks for the promotion. Replay does
+/// not wait for it, however patient it is told to be.
+#[test]
+fn replay_does_not_wait_for_whoever_waits_for_it() {
+    let mut cluster = Cluster::start();
+    cluster.primary.pgbench_init(1);
+    let mut standby = Postgres::base_backup_of(&cluster.primary, &cluster.dir, "standby");
+    cluster.follow_safekeepers(&standby);
+    standby.configure("max_standby_streaming_delay = -1");
+    standby.start();
+    wait_replayed(&standby, cluster.wait_all_caught_up(SOON));
+    standby.sql("select pg_wal_replay_pause()");
+    cluster.primary.pgbench(4, Duration::from_secs(2));
+    cluster.primary.sql("vacuum");
+    let end = cluster.wait_all_caught_up(SOON);
+    cluster.primary.kill9();
+    let promotion = BackgroundCommit::start(standby.config(), PROMOTE.to_owned());
+    wait_until("it waits for replay", SOON, || {
+        standby.log().contains("; replaying up to there")
+    });
+    standby.sql("select pg_wal_replay_resume()");
+    promotion.wait(SOON).expect("it is promoted");
+    assert_eq!(standby.value("select pg_is_in_recovery()"), "f");
+    assert!(standby.flush_lsn() > end);
+}
+
+/// Recovery is ended by others, but too late: the preparation was given up by then. The server has a
+/// timeline of its own all the same, and leads, since the log ended just there.
+#[test]
+fn recovery_that_is_ended_too_late_is_ended_by_hand() {
+    let mut cluster = Cluster::start();
+    let standby = cluster.start_standby("standby");
+    cluster.primary.kill9();
+    assert_eq!(
+        standby.value("select walproposer_prepare_promotion(1)"),
+        "t"
+    );
+    wait_until("it is given up", SOON, || {
+        standby.log().contains("promotion: given up")
+    });
+    assert_eq!(standby.value("select pg_promote()"), "t");
+    standby.sql("create table t (a int)");
+    assert_eq!(standby.value("select tli from pg_stat_walproposer"), "3");
+}
+
 /// Without a quorum nothing is promoted; nor if whoever asked thinks better of it.
 #[test]
 fn without_a_quorum_a_standby_stays_one() {

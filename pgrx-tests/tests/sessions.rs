@@ -1,7 +1,7 @@
 //! What a session sees of the extension: nothing, but that its commits wait for the quorum.
 
 use cluster_tests::Cluster;
-use cluster_tests::poll::{SOON, wait_until};
+use cluster_tests::poll::SOON;
 use cluster_tests::process;
 
 /// An ERROR inside a utility command reaches the client as stock Postgres would send it.
@@ -29,42 +29,6 @@ fn errors_of_commands_arrive_untouched() {
     client
         .batch_execute("select 1")
         .expect("the session goes on");
-}
-
-/// A cancelled wait acknowledges nothing: the first cancel ends the server's own wait, and the
-/// acknowledgement is held; the second ends that, and the client is warned.
-#[test]
-fn a_cancel_does_not_acknowledge_a_commit() {
-    let mut cluster = Cluster::start();
-    cluster.primary.sql("create table t (a int)");
-    cluster.safekeepers[1].kill9();
-    cluster.safekeepers[2].kill9();
-    let waiting = cluster.commit_in_background("insert into t values (1)");
-    cluster.wait_commits_waiting(1);
-    let cancel =
-        "select pg_cancel_backend(pid) from pg_stat_activity where query like 'insert into t%'";
-    cluster.primary.sql(cancel);
-    wait_until("the server's own wait has ended", SOON, || {
-        cluster
-            .primary
-            .value("select count(*) from pg_stat_activity where wait_event = 'SyncRep'")
-            == "0"
-    });
-    assert!(!waiting.answered(), "acknowledged without a quorum");
-    let cancelled = "select waits_cancelled from pg_stat_walproposer";
-    assert_eq!(cluster.primary.value(cancelled), "0");
-    cluster.primary.sql(cancel);
-    waiting.wait(SOON).expect("committed here, with a warning");
-    assert_eq!(cluster.primary.value(cancelled), "1");
-
-    // And one that is held is released by the quorum.
-    let waiting = cluster.commit_in_background("insert into t values (2)");
-    cluster.wait_commits_waiting(1);
-    cluster.primary.sql(cancel);
-    cluster.safekeepers[1].start();
-    waiting.wait(SOON).expect("the quorum has it");
-    assert_eq!(cluster.primary.value(cancelled), "1");
-    assert_eq!(cluster.primary.value("select count(*) from t"), "2");
 }
 
 /// Temporary and unlogged tables need no quorum, and nobody speaks of a cancelled wait.

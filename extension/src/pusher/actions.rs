@@ -59,7 +59,8 @@ impl Pusher {
                 self.proposer
                     .on_history_persisted(now_ms, &mut self.actions);
             }
-            // A promoted standby's worker will lead in this term.
+            // A promoted standby's worker will lead in this term; the last sender goes on in one that
+            // began long ago.
             ProposerAction::Lead { .. } if self.wal_sender.is_none() => {}
             ProposerAction::Lead { term, start_lsn } => {
                 self.logged_wait.clear();
@@ -92,7 +93,8 @@ impl Pusher {
     }
 
     fn commit(&mut self, commit_lsn: Lsn) {
-        if self.wal_sender.is_none() {
+        // On a standby nobody waits, and positions are not of what this server writes.
+        if self.standby_end_lsn.is_some() {
             return;
         }
         let now = self.started.elapsed();

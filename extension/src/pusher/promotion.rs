@@ -14,7 +14,7 @@
 //! more, in the won term, and `pg_wal` is looked through for WAL behind the end.
 
 use safekeeper_protocol::election::COMPARE_LEN_MAX;
-use safekeeper_protocol::{Compared, Lsn, TermHistory, Tli, WonTerm};
+use safekeeper_protocol::{Compared, Lsn, Member, PeerIdx, TermHistory, Tli, WonTerm};
 use safekeeper_wal::{SegmentFiles, WalDecoder, canonical_end, find_end_with};
 
 use super::{Pusher, thread_panicked};
@@ -42,10 +42,18 @@ pub enum Replayed {
 }
 
 /// The comparison of what has been replayed since the promotion was asked for.
+#[derive(Default)]
 pub(super) struct LastLook {
-    comparison: Comparison,
-    source: WalSource,
+    running: Option<(Comparison, WalSource)>,
+    /// Another donor each time.
+    attempts: usize,
+    due_ms: u64,
+    /// Replay was seen to be here, and all up to here to be the quorum's.
+    equal_up_to: Option<Lsn>,
 }
+
+/// After a donor has failed.
+const LOOK_AGAIN_MS: u64 = 1000;
 
 impl Pusher {
     pub(super) fn begin_replay(&mut self, end_lsn: Lsn) {
@@ -82,7 +90,7 @@ impl Pusher {
             ));
         }
         match self.look_once_more(end_lsn) {
-            Some(Compared::Equal) => self.look_beyond(end_lsn),
+            Some(Compared::Equal) => self.still_whole(end_lsn),
             Some(Compared::Differs { at }) => Replayed::Wrong(format!(
                 "the WAL it has replayed differs from the quorum's at {at}"
             )),
@@ -93,20 +101,64 @@ impl Pusher {
         }
     }
 
-    /// The outcome, when there is one. What can't be compared is tried again at the next call.
+    /// It was whole, and may be no more: a standby that streams from a primary gets whatever that
+    /// writes. And the quorum that was won may be another's by now (W6).
+    pub fn still_whole(&self, end_lsn: Lsn) -> Replayed {
+        if let Some(reason) = self.is_beyond(end_lsn) {
+            return Replayed::Wrong(reason);
+        }
+        if !self.hears_a_quorum() {
+            return Replayed::Waiting("no quorum answers any more".to_owned());
+        }
+        self.look_beyond(end_lsn)
+    }
+
+    /// Says how far, if more has come than the quorum has.
+    pub fn is_beyond(&self, end_lsn: Lsn) -> Option<String> {
+        let positions = [postgres::replayed().lsn, postgres::received().lsn];
+        let canonical = positions.map(|lsn| canonical_end(lsn, self.format.segment_size));
+        let furthest = canonical.into_iter().max().filter(|&lsn| lsn > end_lsn)?;
+        Some(format!(
+            "it has received WAL up to {furthest}, and the quorum's log ends at {end_lsn}"
+        ))
+    }
+
+    /// A majority follows, and has said so a moment ago: nobody else can have been elected unless he
+    /// meant to depose us.
+    pub fn hears_a_quorum(&self) -> bool {
+        let recent_ms = self.now_ms().saturating_sub(self.member_timeout_ms / 2);
+        let follows = |member: &Member| {
+            (0..self.members.len()).map(PeerIdx).any(|peer| {
+                let status = self.proposer.peer_status(peer);
+                status.member_id == Some(member.id)
+                    && self.proposer.next_lsn(peer).is_some()
+                    && status.last_heard_ms >= recent_ms
+            })
+        };
+        self.proposer.configuration().has_quorum(follows)
+    }
+
+    /// The outcome, when there is one. What can't be compared is tried again after a pause.
     fn look_once_more(&mut self, end_lsn: Lsn) -> Option<Compared> {
-        let Some(look) = &mut self.last_look else {
-            return self.begin_last_look(end_lsn).err();
-        };
-        let outcome = match look.comparison.poll(&mut look.source) {
-            ComparisonEvent::Nothing => return None,
-            ComparisonEvent::Ended(outcome) => outcome,
-            ComparisonEvent::Removed { oldest_lsn } => Compared::Unavailable {
-                reason: format!("the donor keeps WAL from {oldest_lsn} on only"),
+        if self.last_look.equal_up_to == Some(end_lsn) {
+            return Some(Compared::Equal);
+        }
+        let is_due = self.now_ms() >= self.last_look.due_ms;
+        let outcome = match &mut self.last_look.running {
+            None if !is_due => return None,
+            None => self.begin_last_look(end_lsn).err()?,
+            Some((comparison, source)) => match comparison.poll(source) {
+                ComparisonEvent::Nothing => return None,
+                ComparisonEvent::Ended(outcome) => outcome,
+                ComparisonEvent::Removed { oldest_lsn } => Compared::Unavailable {
+                    reason: format!("the donor keeps WAL from {oldest_lsn} on only"),
+                },
+                ComparisonEvent::Panicked(text) => thread_panicked(&text),
             },
-            ComparisonEvent::Panicked(text) => thread_panicked(&text),
         };
-        self.last_look = None;
+        self.last_look.running = None;
+        self.last_look.due_ms = self.now_ms() + LOOK_AGAIN_MS;
+        self.last_look.equal_up_to = (outcome == Compared::Equal).then_some(end_lsn);
         Some(outcome)
     }
 
@@ -121,10 +173,11 @@ impl Pusher {
         let last_removed = postgres::last_removed_segno;
         let source = WalSource::new(pg_wal, self.format, timelines, end_lsn, last_removed);
         let donors = self.proposer.donors_for(Lsn(end_lsn.0 - 1));
-        let Some(&donor) = donors.first() else {
+        let Some(&donor) = donors.get(self.last_look.attempts % donors.len().max(1)) else {
             let reason = "no safekeeper is connected that has it".to_owned();
             return Err(Compared::Unavailable { reason });
         };
+        self.last_look.attempts += 1;
         let stretch = Stretch {
             donor,
             term: self.proposer.term(),
@@ -134,7 +187,7 @@ impl Pusher {
         let comparison = Comparison::begin(stretch, &source, self.waker.clone(), |part| {
             self.donor_request(part.donor, part.term, part.begin_lsn, part.end_lsn)
         })?;
-        self.last_look = Some(LastLook { comparison, source });
+        self.last_look.running = Some((comparison, source));
         Ok(())
     }
 
@@ -192,6 +245,11 @@ impl Pusher {
     /// Final: nothing that may happen would let this standby be promoted in this attempt.
     pub fn is_hopeless(&self) -> bool {
         matches!(self.proposer.state_name(), "refused" | "deposed")
+    }
+
+    /// The timeline that the won term has taken, if one was won.
+    pub fn claimed_tli(&self) -> Option<Tli> {
+        self.proposer.history().last().map(|reign| reign.tli)
     }
 
     /// The promotion is given up: what was won confers nothing (W7).

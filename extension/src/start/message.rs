@@ -12,7 +12,7 @@
 //! are checked, and what can't be read is an error like any other.
 
 use safekeeper_protocol::codec::{DecodeError, Input, encode_configuration, encode_history};
-use safekeeper_protocol::{Term, WonTerm};
+use safekeeper_protocol::{Lsn, Term, WonTerm};
 
 /// A history of the greatest length takes 80 kB, a configuration 9 kB.
 const LEN_MAX: usize = 256 * 1024;
@@ -115,6 +115,7 @@ impl FromCandidate {
 /// Also how a won term lies in shared memory.
 pub fn encode_won(won: &WonTerm) -> Vec<u8> {
     let mut bytes = won.term.0.to_be_bytes().to_vec();
+    bytes.extend_from_slice(&won.sent_lsn.0.to_be_bytes());
     encode_history(&won.history, &mut bytes);
     encode_configuration(&won.configuration, &mut bytes);
     bytes
@@ -130,6 +131,7 @@ pub fn decode_won(bytes: &[u8]) -> Result<WonTerm, DecodeError> {
 fn take_won(input: &mut Input<'_>) -> Result<WonTerm, DecodeError> {
     Ok(WonTerm {
         term: Term(input.u64()?),
+        sent_lsn: Lsn(input.u64()?),
         history: input.history()?,
         configuration: input.configuration()?,
     })
@@ -164,7 +166,7 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use safekeeper_protocol::{Configuration, Lsn, TermEntry, TermHistory, Tli};
+    use safekeeper_protocol::{Configuration, TermEntry, TermHistory, Tli};
 
     fn messages() -> Vec<FromCandidate> {
         let entry = TermEntry {
@@ -180,6 +182,7 @@ mod tests {
                     term: Term(3),
                     history: TermHistory::new(vec![entry]).expect("one reign"),
                     configuration: Configuration::default(),
+                    sent_lsn: Lsn(0x180),
                 },
                 completed: 17,
                 is_beyond_checkpoint: true,

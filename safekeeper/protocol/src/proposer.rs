@@ -153,13 +153,16 @@ pub enum Completed {
     Partly { end_lsn: Lsn, reason: String },
 }
 
-/// A reign that the start of a server has won, for its worker. Valid for this start only, and
-/// once: handed over in memory, never in a file (S7).
+/// A reign that goes from one process of a server to the next: from its start to its worker, from
+/// its worker to whoever sends the last WAL of a stop. Valid for this start only, and once: handed
+/// over in memory, never in a file (S7).
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct WonTerm {
     pub term: Term,
     pub history: TermHistory,
     pub configuration: Configuration,
+    /// Highest end of WAL that was sent to anybody in this term; [`Lsn::INVALID`] if none was.
+    pub sent_lsn: Lsn,
 }
 
 /// How far the local WAL reaches.
@@ -322,8 +325,8 @@ impl Proposer {
         }
     }
 
-    /// Goes on with the reign that this start of the server has won before recovery. `local` is
-    /// the log as it stands now that the server writes.
+    /// Goes on with the reign that another process of this server has handed over: the start, which
+    /// has won it before recovery, or the worker, at a stop. `local` is the log as it stands now.
     pub fn elected(
         settings: ProposerSettings,
         local: LocalLog,
@@ -335,6 +338,7 @@ impl Proposer {
         proposer.term = won.term;
         proposer.history = won.history;
         proposer.configuration = won.configuration;
+        proposer.sent_lsn = won.sent_lsn;
         proposer.remember_history();
         proposer.lead(now_ms, out);
         proposer
@@ -351,6 +355,7 @@ impl Proposer {
             term: self.term,
             history: self.history.clone(),
             configuration: self.configuration.clone(),
+            sent_lsn: self.sent_lsn,
         })
     }
 

@@ -493,6 +493,7 @@ fn won_by_the_file(file: &LocalHistory) -> Option<WonTerm> {
         term: last.term,
         history: file.history.clone(),
         configuration: file.configuration.clone(),
+        sent_lsn: Lsn::INVALID,
     })
 }
 

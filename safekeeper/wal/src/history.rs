@@ -28,9 +28,9 @@ use safekeeper_protocol::Lsn;
 pub const GIVEN_UP: &str =
     "# walproposer: this timeline was begun by a promotion that was given up\n";
 
-/// Is that what it says, or as much of it as a crash has left?
+/// Is that what it says, or what a crash has left of it?
 pub fn is_given_up(content: &[u8]) -> bool {
-    GIVEN_UP.as_bytes().starts_with(content)
+    GIVEN_UP.as_bytes().starts_with(content) || content.iter().all(|&byte| byte == 0)
 }
 
 /// A timeline and its ancestors.

@@ -43,6 +43,7 @@ impl Run<'_> {
                     term: last.term,
                     history: node.history.clone(),
                     configuration: node.configuration.clone(),
+                    sent_lsn: Lsn::INVALID,
                 };
                 self.begin_elected(server, won);
             }

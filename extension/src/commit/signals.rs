@@ -1,0 +1,168 @@
+//! Signals that would end a wait for the quorum stay pending until it is over.
+//!
+//! The server's own wait ends when the query is cancelled or the session terminated: the commit is
+//! on the local disk by then and can't be undone, so it becomes visible, and stock Postgres calls
+//! it a success. So that it can't be interrupted, these are blocked from before the commit record is
+//! written until the quorum has it:
+//!
+//! | signal | what it means | while blocked |
+//! |---|---|---|
+//! | SIGINT | cancel, `statement_timeout`, `lock_timeout` | stays pending, takes effect afterwards |
+//! | SIGTERM | `pg_terminate_backend`, a fast stop | likewise |
+//! | SIGUSR2 | ours, see `stop/waits.rs`: there will be no quorum | ends the wait, and then the session |
+//!
+//! SIGUSR2 is handled for that long only; one that is not ours goes to the handler that was there.
+//!
+//! SIGALRM is not blocked: the time-outs whose handlers do not send one of these to the process
+//! itself set flags that nobody looks at in the wait. SIGQUIT (an immediate stop) is obeyed at once.
+//!
+//! An ERROR on the way to the commit record leaves without a word to us. `AbortTransaction` and
+//! `AbortSubTransaction` unblock all signals by themselves; what remains of us then, the handler of
+//! SIGUSR2, goes when the transaction ends.
+
+use std::cell::Cell;
+use std::ffi::c_int;
+use std::mem::MaybeUninit;
+
+use pgrx::pg_sys;
+
+use crate::stop::StopShared;
+use crate::{postgres, shmem};
+
+/// Ends a wait. Ordinary sessions ignore it, and WAL senders get it from the postmaster only when
+/// no session is left.
+pub const END_WAIT: c_int = libc::SIGUSR2;
+
+const DEFERRED: [c_int; 2] = [libc::SIGINT, libc::SIGTERM];
+
+/// What there was before.
+#[derive(Clone, Copy)]
+struct Before {
+    mask: libc::sigset_t,
+    end_wait: libc::sigaction,
+}
+
+std::thread_local! {
+    static BEFORE: Cell<Option<Before>> = const { Cell::new(None) };
+}
+
+/// Until [`release`], or until Postgres aborts the transaction.
+pub fn defer() {
+    let mask = change_mask(libc::SIG_BLOCK, DEFERRED);
+    if BEFORE.get().is_none() {
+        let end_wait = set_action(&end_wait_action());
+        BEFORE.set(Some(Before { mask, end_wait }));
+    }
+}
+
+/// What came meanwhile takes effect: the handlers run before this returns.
+pub fn release() {
+    let Some(before) = BEFORE.take() else {
+        return;
+    };
+    set_action(&before.end_wait);
+    // SAFETY: a set that sigprocmask filled.
+    let was_blocked = |signal: c_int| unsafe { libc::sigismember(&before.mask, signal) == 1 };
+    let ours = DEFERRED.into_iter().filter(|&signal| !was_blocked(signal));
+    change_mask(libc::SIG_UNBLOCK, ours);
+}
+
+/// Returns the mask that there was.
+fn change_mask(how: c_int, signals: impl IntoIterator<Item = c_int>) -> libc::sigset_t {
+    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
+    // SAFETY: sigemptyset fills the one set, sigprocmask the other; the numbers are signals'. None
+    // of the calls can fail with these arguments.
+    unsafe {
+        libc::sigemptyset(set.as_mut_ptr());
+        for signal in signals {
+            libc::sigaddset(set.as_mut_ptr(), signal);
+        }
+        libc::sigprocmask(how, set.as_ptr(), before.as_mut_ptr());
+        before.assume_init()
+    }
+}
+
+fn end_wait_action() -> libc::sigaction {
+    // SAFETY: all zeroes are a valid value: no flags, an empty mask.
+    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
+    action.sa_sigaction = on_end_wait as *const () as usize;
+    action.sa_flags = libc::SA_RESTART;
+    action
+}
+
+/// Returns the action that there was.
+fn set_action(action: &libc::sigaction) -> libc::sigaction {
+    let mut before = MaybeUninit::<libc::sigaction>::uninit();
+    // SAFETY: both are valid for as long as the call lasts; it can't fail for this signal.
+    unsafe {
+        libc::sigaction(END_WAIT, action, before.as_mut_ptr());
+        before.assume_init()
+    }
+}
+
+/// As Postgres's own handler of SIGTERM: the wait is given up, and then the session. Only what a
+/// signal handler may do.
+extern "C" fn on_end_wait(signal: c_int) {
+    if !shmem::stop().is_some_and(StopShared::waits_have_ended) {
+        return pass_on(signal);
+    }
+    // SAFETY: flags of this process that are made to be set by handlers; its own latch; errno is
+    // what it was when the handler returns.
+    unsafe {
+        let errno = *libc::__errno_location();
+        postgres::request_death();
+        postgres::SetLatch(pg_sys::MyLatch);
+        *libc::__errno_location() = errno;
+    }
+}
+
+/// A background worker may have a use of its own for the signal.
+fn pass_on(signal: c_int) {
+    let handler = BEFORE.get().map(|before| before.end_wait.sa_sigaction);
+    if let Some(handler) = handler.filter(|&h| h != libc::SIG_IGN && h != libc::SIG_DFL) {
+        // SAFETY: what was registered as a handler, by Postgres's `pqsignal`, which knows this one
+        // form; called as the kernel would have called it.
+        unsafe { std::mem::transmute::<usize, extern "C" fn(c_int)>(handler)(signal) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pending(signal: c_int) -> bool {
+        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
+        // SAFETY: sigpending fills the set.
+        unsafe {
+            libc::sigpending(set.as_mut_ptr());
+            libc::sigismember(&set.assume_init(), signal) == 1
+        }
+    }
+
+    #[test]
+    fn a_deferred_signal_is_pending_until_it_is_released() {
+        extern "C" fn nothing(_signal: c_int) {}
+        // SAFETY: a handler that does nothing; the signal is for this thread alone.
+        let raise = |signal: c_int| unsafe { libc::pthread_kill(libc::pthread_self(), signal) };
+        for signal in DEFERRED {
+            // SAFETY: likewise.
+            unsafe { libc::signal(signal, nothing as *const () as usize) };
+        }
+        defer();
+        // An abort of Postgres's restores the mask behind our back; the next one blocks again.
+        change_mask(libc::SIG_UNBLOCK, DEFERRED);
+        defer();
+        for signal in DEFERRED {
+            raise(signal);
+            assert!(pending(signal), "{signal}");
+        }
+        release();
+        for signal in DEFERRED {
+            assert!(!pending(signal), "{signal}");
+            raise(signal);
+            assert!(!pending(signal), "{signal}");
+        }
+        release();
+    }
+}
