@@ -111,10 +111,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
         } else {
             line.idle_ms(wants_last_sender)
         };
-        let mut sockets = pusher.sockets();
-        sockets.extend(line.socket());
-        readable = wait_set.wait(&sockets, pusher.idle_ms().min(limit));
-        line.take_readable(&mut readable);
+        readable = wait_set.wait(&pusher.sockets(), pusher.idle_ms().min(limit));
     }
 }
 

@@ -11,7 +11,8 @@
 //! local socket from a process of our own user only. Whoever shows another one is authenticated like
 //! anybody.
 //!
-//! It holds no WAL sender slot, only the place among the processes that belongs to one: the worker
+//! It stays when the worker ends: the next one finds it there, even during a smart stop, when no new
+//! connection is let in. It holds no WAL sender slot, only the place among the processes that belongs to one: the worker
 //! holds a slot and no such place. It sleeps without a time-out, and costs a process that has
 //! touched few pages.
 
@@ -78,7 +79,9 @@ fn is_of_our_user(socket: c_int) -> bool {
 
 fn run(stop: &'static StopShared, socket: c_int) -> ! {
     prepare_process();
-    stop.enter_sender();
+    if !stop.enter_sender() {
+        end();
+    }
     greet(socket);
     let mut stopping_since = None;
     loop {
@@ -86,12 +89,11 @@ fn run(stop: &'static StopShared, socket: c_int) -> ! {
         unsafe { pg_sys::ResetLatch(pg_sys::MyLatch) };
         check_for_interrupts!();
         postgres::reload_if_asked();
-        if IS_LAST_CYCLE.load(Ordering::Relaxed) {
-            send_the_rest(stop);
+        if !stop.is_sender() {
             end();
         }
-        // The worker was started again, and has another last sender by now, or will.
-        if !stop.is_sender() {
+        if IS_LAST_CYCLE.load(Ordering::Relaxed) {
+            send_the_rest(stop);
             end();
         }
         if stop.has_worker() {

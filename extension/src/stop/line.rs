@@ -1,21 +1,21 @@
-//! The worker's line to its last sender: the connection that made the postmaster fork it.
+//! How the worker comes by a last sender: by the connection for which the postmaster forks it.
 //!
 //! ```text
-//!             due, and we lead         greeted
-//!   Down ───────────────────► Dialling ───────► Up
-//!    ▲                            │ refused      │ closed: the last sender is gone
-//!    └────────────────────────────┴──────────────┘  and again after a pause
+//!             there is none, and we lead
+//!   Idle ───────────────────────────────► Dialling
+//!    ▲                                        │ greeted; or refused, then again after a pause
+//!    └────────────────────────────────────────┘
 //! ```
 //!
-//! Nothing travels on it but the startup packet, which shows the nonce, and a greeting. It is kept
-//! because its end tells that the last sender is gone.
+//! Nothing travels on it but the startup packet, which shows the nonce, and a greeting; then it is
+//! closed. That the last sender is there is told by shared memory.
 //!
 //! The other end must be a server of our own user, or the nonce would be told to a stranger. Our own
 //! end is shut for writing at once: if pg_hba.conf asks for a password, the server finds that there
 //! is none to come, and decides on the authentication, which is when the last sender is recognised.
 //! So any method serves, and only `reject`, or no line that fits, does not.
 
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
@@ -26,7 +26,6 @@ use crossbeam_channel::{Receiver, TryRecvError, bounded};
 
 use crate::pgwire::{WireError, read_message, startup_message_with};
 use crate::threads::{self, Waker};
-use crate::wait_set::Socket;
 use crate::{postgres, shmem};
 
 /// What an invited connection calls itself, before the nonce in hexadecimal digits.
@@ -35,40 +34,29 @@ pub const NAME_PREFIX: &str = "walproposer last sender ";
 /// What the last sender says: CopyBothResponse, as a WAL sender that begins, without a column.
 pub const GREETING: &[u8] = b"W\0\0\0\x04";
 
-/// The line's place among the worker's sockets, which are otherwise its peers'.
-const PLACE: usize = usize::MAX;
-
-const PAUSE: Duration = Duration::from_secs(1);
-/// After a refusal: somebody must edit a file first.
-const LONG_PAUSE: Duration = Duration::from_secs(10);
+/// After a refusal: somebody must edit a file first, or leave a connection.
+const PAUSE: Duration = Duration::from_secs(10);
 /// For each step of the handshake, which takes a fork.
 const TIMEOUT: Duration = Duration::from_secs(10);
 
-enum State {
-    Down { until: Instant },
-    Dialling(Receiver<Result<UnixStream, String>>),
-    Up(UnixStream),
-}
-
 pub struct Line {
-    state: State,
-    connections: u64,
+    dialling: Option<Receiver<Result<(), String>>>,
+    /// Not dialled before.
+    pause_until: Instant,
     waker: Waker,
     /// The last obstacle that was reported.
     reported: String,
 }
 
 impl Line {
-    /// A new worker's. What an earlier one has left behind is dismissed.
+    /// A new worker's.
     pub fn new(waker: Waker) -> Line {
         if let Some(stop) = shmem::stop() {
             stop.enter_worker();
         }
         Line {
-            state: State::Down {
-                until: Instant::now(),
-            },
-            connections: 0,
+            dialling: None,
+            pause_until: Instant::now(),
             waker,
             reported: String::new(),
         }
@@ -76,65 +64,33 @@ impl Line {
 
     /// Dials if there should be a last sender, and there is none.
     pub fn turn(&mut self, is_wanted: bool) {
-        match &self.state {
-            State::Down { until } if is_wanted && Instant::now() >= *until => self.dial(),
-            State::Dialling(outcome) => match outcome.try_recv() {
+        if let Some(outcome) = &self.dialling {
+            match outcome.try_recv() {
                 Err(TryRecvError::Empty) => {}
-                Ok(Ok(stream)) => {
+                Ok(Ok(())) => {
                     self.reported.clear();
-                    self.connections += 1;
-                    self.state = State::Up(stream);
+                    self.dialling = None;
                 }
                 Ok(Err(reason)) => self.fail(&reason),
                 Err(TryRecvError::Disconnected) => self.fail("the thread that dialled has failed"),
-            },
-            _ => {}
+            }
+        } else if self.is_due(is_wanted) && Instant::now() >= self.pause_until {
+            self.dial();
         }
+    }
+
+    fn is_due(&self, is_wanted: bool) -> bool {
+        let is_missing = shmem::stop().is_some_and(|stop| !stop.has_sender());
+        is_wanted && is_missing && self.dialling.is_none()
     }
 
     /// How long nothing will have to be done if nothing happens.
     pub fn idle_ms(&self, is_wanted: bool) -> u64 {
-        match &self.state {
-            State::Down { until } if is_wanted => {
-                let rest = until.saturating_duration_since(Instant::now());
-                u64::try_from(rest.as_millis()).map_or(u64::MAX, |ms| ms + 1)
-            }
-            _ => u64::MAX,
+        if !self.is_due(is_wanted) {
+            return u64::MAX;
         }
-    }
-
-    /// To be waited on beside the peers' sockets.
-    pub fn socket(&self) -> Option<Socket> {
-        match &self.state {
-            State::Up(stream) => Some(Socket {
-                peer: PLACE,
-                connection: self.connections,
-                fd: stream.as_raw_fd(),
-                wants_write: false,
-            }),
-            _ => None,
-        }
-    }
-
-    /// Takes our own place out of those that can be read, and sees what is there.
-    pub fn take_readable(&mut self, readable: &mut Vec<usize>) {
-        let before = readable.len();
-        readable.retain(|&place| place != PLACE);
-        let State::Up(stream) = &mut self.state else {
-            return;
-        };
-        if readable.len() == before {
-            return;
-        }
-        match stream.read(&mut [0; 64]) {
-            Ok(n) if n > 0 => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            _ => {
-                self.state = State::Down {
-                    until: Instant::now() + PAUSE,
-                };
-            }
-        }
+        let rest = self.pause_until.saturating_duration_since(Instant::now());
+        u64::try_from(rest.as_millis()).map_or(u64::MAX, |ms| ms + 1)
     }
 
     fn dial(&mut self) {
@@ -157,7 +113,7 @@ impl Line {
         };
         let waker = self.waker.clone();
         match threads::spawn("last sender".to_owned(), body, move |_| waker.wake()) {
-            Ok(()) => self.state = State::Dialling(receiver),
+            Ok(()) => self.dialling = Some(receiver),
             Err(error) => self.fail(&error.to_string()),
         }
     }
@@ -166,9 +122,8 @@ impl Line {
         if let Some(stop) = shmem::stop() {
             stop.withdraw();
         }
-        self.state = State::Down {
-            until: Instant::now() + LONG_PAUSE,
-        };
+        self.dialling = None;
+        self.pause_until = Instant::now() + PAUSE;
         if self.reported != reason {
             reason.clone_into(&mut self.reported);
             postgres::warning(
@@ -185,12 +140,12 @@ impl Line {
 
 /// Over the first socket that leads to a last sender. A connection for replication alone and one
 /// with a database are told apart by pg_hba.conf.
-fn reach_one(paths: &[String], user: &str, nonce: u128) -> Result<UnixStream, String> {
+fn reach_one(paths: &[String], user: &str, nonce: u128) -> Result<(), String> {
     let mut reason = String::new();
     for path in paths {
         for replication in ["true", "database"] {
             match reach(path, user, replication, nonce) {
-                Ok(stream) => return Ok(stream),
+                Ok(()) => return Ok(()),
                 Err(error) => reason = format!("{path}: {error}"),
             }
         }
@@ -198,7 +153,7 @@ fn reach_one(paths: &[String], user: &str, nonce: u128) -> Result<UnixStream, St
     Err(reason)
 }
 
-fn reach(path: &str, user: &str, replication: &str, nonce: u128) -> Result<UnixStream, WireError> {
+fn reach(path: &str, user: &str, replication: &str, nonce: u128) -> Result<(), WireError> {
     let address = match path.strip_prefix('@') {
         Some(name) => SocketAddr::from_abstract_name(name)?,
         None => SocketAddr::from_pathname(path)?,
@@ -219,8 +174,7 @@ fn reach(path: &str, user: &str, replication: &str, nonce: u128) -> Result<UnixS
     stream.shutdown(Shutdown::Write)?;
     // A question for a password may come first.
     while read_message(&mut stream)?.0 != GREETING[0] {}
-    stream.set_nonblocking(true)?;
-    Ok(stream)
+    Ok(())
 }
 
 fn is_of_our_user(stream: &UnixStream) -> bool {

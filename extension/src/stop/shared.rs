@@ -3,8 +3,8 @@
 //! | | written by | read by |
 //! |---|---|---|
 //! | `nonce` | worker, for one connection | whoever is being authenticated |
-//! | `sender`, `sender_latch` | the last sender | worker, to wake or to dismiss it |
-//! | `worker` | worker | the last sender |
+//! | `sender`, with its latch | the last sender | worker |
+//! | `worker`, with its latch | worker | the last sender |
 //! | `lingered_ms` | worker, at its end | the last sender |
 //! | `waits_ended` | worker or last sender | committing backends |
 
@@ -20,11 +20,50 @@ use crate::postgres;
 pub struct StopShared {
     nonce: [AtomicU64; 2],
     nonce_is_valid: AtomicBool,
-    sender: AtomicI32,
-    sender_latch: AtomicPtr<pg_sys::Latch>,
-    worker: AtomicI32,
+    sender: Presence,
+    worker: Presence,
     lingered_ms: AtomicU64,
     waits_ended: AtomicBool,
+}
+
+/// Whether a process is there, and how to wake it.
+#[repr(C)]
+struct Presence {
+    pid: AtomicI32,
+    latch: AtomicPtr<pg_sys::Latch>,
+}
+
+impl Presence {
+    fn enter(&self) {
+        // SAFETY: variables of this process; the latch lies in shared memory.
+        let (pid, latch) = unsafe { (pg_sys::MyProcPid, pg_sys::MyLatch) };
+        self.latch.store(latch, Ordering::Relaxed);
+        self.pid.store(pid, Ordering::Release);
+    }
+
+    fn leave(&self) {
+        // SAFETY: a variable of this process. If it is another one that is there, it stays.
+        let (pid, order) = (unsafe { pg_sys::MyProcPid }, Ordering::AcqRel);
+        let _ = self.pid.compare_exchange(pid, 0, order, Ordering::Relaxed);
+    }
+
+    fn is_this_process(&self) -> bool {
+        // SAFETY: a variable of this process.
+        self.pid.load(Ordering::Acquire) == unsafe { pg_sys::MyProcPid }
+    }
+
+    fn is_there(&self) -> bool {
+        self.pid.load(Ordering::Acquire) != 0
+    }
+
+    fn wake(&self) {
+        let latch = self.latch.load(Ordering::Acquire);
+        if !latch.is_null() {
+            // SAFETY: a latch of a process slot, which stays; if the process is another one by
+            // now, it is woken for nothing.
+            unsafe { postgres::SetLatch(latch) };
+        }
+    }
 }
 
 impl StopShared {
@@ -57,58 +96,45 @@ impl StopShared {
                 .is_ok()
     }
 
-    /// This process is the last sender from here on.
-    pub fn enter_sender(&self) {
-        // SAFETY: variables of this process; the latch lies in shared memory.
-        let (pid, latch) = unsafe { (pg_sys::MyProcPid, pg_sys::MyLatch) };
-        self.sender_latch.store(latch, Ordering::Relaxed);
-        self.sender.store(pid, Ordering::Release);
-    }
-
-    pub fn is_sender(&self) -> bool {
-        // SAFETY: a variable of this process.
-        self.sender.load(Ordering::Acquire) == unsafe { pg_sys::MyProcPid }
+    /// This process is the last sender from here on, and outlives workers; `false` if there is one
+    /// already, which a worker has called that has ended before it came.
+    pub fn enter_sender(&self) -> bool {
+        let entered = !self.has_sender();
+        if entered {
+            self.sender.enter();
+        }
+        entered
     }
 
     pub fn leave_sender(&self) {
-        // SAFETY: a variable of this process.
-        let pid = unsafe { pg_sys::MyProcPid };
-        let _ = self
-            .sender
-            .compare_exchange(pid, 0, Ordering::AcqRel, Ordering::Relaxed);
+        self.sender.leave();
+        self.worker.wake();
+    }
+
+    /// Two may have come at the same moment.
+    pub fn is_sender(&self) -> bool {
+        self.sender.is_this_process()
     }
 
     pub fn has_sender(&self) -> bool {
-        self.sender.load(Ordering::Acquire) != 0
+        self.sender.is_there()
     }
 
-    /// A worker has begun, with a last sender of its own to come: an earlier worker's leaves. If the
-    /// server is stopping, it is by a smart stop, and waits are answered again.
+    /// If the server is stopping while a worker begins, it is by a smart stop: waits are answered
+    /// again.
     pub fn enter_worker(&self) {
         self.waits_ended.store(false, Ordering::Release);
-        // SAFETY: a variable of this process.
-        self.worker
-            .store(unsafe { pg_sys::MyProcPid }, Ordering::Release);
-        self.sender.store(0, Ordering::Release);
-        self.wake_sender();
+        self.worker.enter();
+        self.sender.wake();
     }
 
     pub fn leave_worker(&self) {
-        self.worker.store(0, Ordering::Release);
-        self.wake_sender();
+        self.worker.leave();
+        self.sender.wake();
     }
 
     pub fn has_worker(&self) -> bool {
-        self.worker.load(Ordering::Acquire) != 0
-    }
-
-    fn wake_sender(&self) {
-        let latch = self.sender_latch.load(Ordering::Acquire);
-        if !latch.is_null() {
-            // SAFETY: a latch of a process slot, which stays; if the process is another one by
-            // now, it is woken for nothing.
-            unsafe { postgres::SetLatch(latch) };
-        }
+        self.worker.is_there()
     }
 
     /// How long the worker has waited for sessions at this stop.
