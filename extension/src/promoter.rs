@@ -141,7 +141,12 @@ struct Campaign {
     stage: Stage,
     /// While it is prepared: no quorum has answered since.
     unheard_since: Option<Instant>,
+    /// How far WAL was received and replayed, and since when.
+    progress: (Lsn, Instant),
 }
+
+/// A receiver that brings nothing for so long, while there is something to bring, is started anew.
+const STUCK: Duration = Duration::from_secs(3);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
@@ -178,6 +183,7 @@ impl Campaign {
             waits_for: "nothing was heard from the safekeepers".to_owned(),
             stage: Stage::Preparing,
             unheard_since: None,
+            progress: (Lsn::INVALID, Instant::now()),
         }
     }
 
@@ -199,7 +205,10 @@ impl Campaign {
         let refused = match self.pusher.promotion_step() {
             _ if self.pusher.is_hopeless() => Some(self.waits_for.clone()),
             Some(PromotionStep::Replay { end_lsn }) => match self.pusher.replayed(end_lsn) {
-                Replayed::Waiting(how_far) => self.wait_for(how_far),
+                Replayed::Waiting(how_far) => {
+                    self.watch_receiver(end_lsn);
+                    self.wait_for(how_far)
+                }
                 Replayed::Wrong(reason) => Some(reason),
                 Replayed::Whole => {
                     self.pusher.on_replayed();
@@ -217,6 +226,20 @@ impl Campaign {
         let gives_up = self.stage == Stage::Preparing
             && (Instant::now() >= self.deadline || promotion::is_withdrawn(&self.request));
         gives_up.then(|| (Answer::GivenUp, self.waits_for.clone()))
+    }
+
+    /// The receiver has no time-out for a host that takes connections and never answers. When it is
+    /// gone Postgres asks its restore_command, and then another receiver tries.
+    fn watch_receiver(&mut self, end_lsn: Lsn) {
+        let received = postgres::received().lsn.max(postgres::replayed().lsn);
+        if received != self.progress.0 || received >= end_lsn {
+            self.progress = (received, Instant::now());
+        } else if self.progress.1.elapsed() >= STUCK && !postgres::end_receiver() {
+            self.progress.1 = Instant::now();
+            postgres::log(format!(
+                "promotion: the WAL receiver has brought nothing since {received}: it is started anew"
+            ));
+        }
     }
 
     fn wait_for(&mut self, reason: String) -> Option<String> {

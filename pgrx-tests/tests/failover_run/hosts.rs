@@ -30,7 +30,7 @@ pub struct Hosts {
 }
 
 /// A promotion takes less than a second, unless the standby hangs.
-const PROMOTED_BY: Duration = Duration::from_secs(5);
+const PROMOTED_BY: Duration = Duration::from_secs(30);
 
 /// Checkpoints and removed WAL are part of the story; so are clients that hold on for a second and
 /// no longer, which is what keeps a cycle short.
