@@ -20,6 +20,7 @@
 //! Autovacuum commits without waiting, as it does with any synchronous standby: nobody is told of
 //! its commits, and without a quorum it is needed most.
 
+mod mask;
 mod signals;
 
 use std::cell::Cell;

@@ -26,6 +26,7 @@ use std::mem::MaybeUninit;
 
 use pgrx::pg_sys;
 
+use super::mask;
 use crate::stop::StopShared;
 use crate::{postgres, shmem};
 
@@ -48,7 +49,7 @@ std::thread_local! {
 
 /// Until [`release`], or until Postgres aborts the transaction.
 pub fn defer() {
-    let mask = change_mask(libc::SIG_BLOCK, DEFERRED);
+    let mask = mask::change(libc::SIG_BLOCK, DEFERRED);
     if BEFORE.get().is_none() {
         let end_wait = set_action(&end_wait_action());
         BEFORE.set(Some(Before { mask, end_wait }));
@@ -64,23 +65,7 @@ pub fn release() {
     // SAFETY: a set that sigprocmask filled.
     let was_blocked = |signal: c_int| unsafe { libc::sigismember(&before.mask, signal) == 1 };
     let ours = DEFERRED.into_iter().filter(|&signal| !was_blocked(signal));
-    change_mask(libc::SIG_UNBLOCK, ours);
-}
-
-/// Returns the mask that there was.
-fn change_mask(how: c_int, signals: impl IntoIterator<Item = c_int>) -> libc::sigset_t {
-    let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-    let mut before = MaybeUninit::<libc::sigset_t>::uninit();
-    // SAFETY: sigemptyset fills the one set, sigprocmask the other; the numbers are signals'. None
-    // of the calls can fail with these arguments.
-    unsafe {
-        libc::sigemptyset(set.as_mut_ptr());
-        for signal in signals {
-            libc::sigaddset(set.as_mut_ptr(), signal);
-        }
-        libc::sigprocmask(how, set.as_ptr(), before.as_mut_ptr());
-        before.assume_init()
-    }
+    mask::change(libc::SIG_UNBLOCK, ours);
 }
 
 fn end_wait_action() -> libc::sigaction {
@@ -124,45 +109,5 @@ fn pass_on(signal: c_int) {
         // SAFETY: what was registered as a handler, by Postgres's `pqsignal`, which knows this one
         // form; called as the kernel would have called it.
         unsafe { std::mem::transmute::<usize, extern "C" fn(c_int)>(handler)(signal) };
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pending(signal: c_int) -> bool {
-        let mut set = MaybeUninit::<libc::sigset_t>::uninit();
-        // SAFETY: sigpending fills the set.
-        unsafe {
-            libc::sigpending(set.as_mut_ptr());
-            libc::sigismember(&set.assume_init(), signal) == 1
-        }
-    }
-
-    #[test]
-    fn a_deferred_signal_is_pending_until_it_is_released() {
-        extern "C" fn nothing(_signal: c_int) {}
-        // SAFETY: a handler that does nothing; the signal is for this thread alone.
-        let raise = |signal: c_int| unsafe { libc::pthread_kill(libc::pthread_self(), signal) };
-        for signal in DEFERRED {
-            // SAFETY: likewise.
-            unsafe { libc::signal(signal, nothing as *const () as usize) };
-        }
-        defer();
-        // An abort of Postgres's restores the mask behind our back; the next one blocks again.
-        change_mask(libc::SIG_UNBLOCK, DEFERRED);
-        defer();
-        for signal in DEFERRED {
-            raise(signal);
-            assert!(pending(signal), "{signal}");
-        }
-        release();
-        for signal in DEFERRED {
-            assert!(!pending(signal), "{signal}");
-            raise(signal);
-            assert!(!pending(signal), "{signal}");
-        }
-        release();
     }
 }
