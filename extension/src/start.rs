@@ -152,6 +152,13 @@ fn user(settings: &Settings) -> String {
 fn become_standby() {
     forget_reigns();
     let _ = std::fs::remove_file(postgres::data_directory().join("promote"));
+    let setting = |name| postgres::setting(name).unwrap_or_default();
+    if setting(c"archive_mode") == "always" && setting(c"restore_command").contains("fetch-wal") {
+        postgres::warning(
+            "archive_mode is \"always\", and restore_command brings segments that are not complete yet",
+            "The archive would get them. Archive from the primary, or set archive_mode to \"on\".",
+        );
+    }
 }
 
 /// When recovery ends, `standby.signal` goes a moment before the new timeline is noted in the control
@@ -163,7 +170,8 @@ fn refuse_half_a_promotion(control: &postgres::ControlFile, local: &LocalHistory
         postgres::fatal(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             format!(
-                "this server must not start as a primary: it died while it was promoted to timeline {claimed}, and                  is on timeline {} still",
+                "this server must not start as a primary: it died while it was promoted to timeline {claimed}, and \
+                 is on timeline {} still",
                 control.tli
             ),
             "Create \"standby.signal\", start this server as a standby, and promote it again.",

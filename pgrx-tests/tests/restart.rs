@@ -5,10 +5,11 @@ use std::fs::{self, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
-use cluster_tests::Cluster;
 use cluster_tests::poll::{SOON, never_within, wait_until};
 use cluster_tests::postgres::{Postgres, Stop};
 use cluster_tests::process::run_ok;
+use cluster_tests::safekeeper::Safekeeper;
+use cluster_tests::{Cluster, safekeepers_setting};
 use safekeeper_protocol::Lsn;
 
 /// A disk that lied about its cache: the last part of the local WAL is gone after a power cut, while
@@ -304,6 +305,28 @@ fn in_single_user_mode_a_refused_server_recovers_and_stays_refused() {
     second.sql("insert into t values ('second')");
     let now = second.value("select term from pg_stat_walproposer");
     assert_eq!(now, reign, "it disturbed the reign");
+}
+
+/// All safekeepers are lost, the primary is not. It goes on with new ones, as failover.md says.
+#[test]
+fn after_the_loss_of_all_safekeepers_new_ones_are_made() {
+    let mut cluster = Cluster::start();
+    cluster.primary.sql("create table t (n int)");
+    cluster.wait_all_caught_up(SOON);
+    cluster.primary.stop(Stop::Fast);
+    cluster.safekeepers.iter_mut().for_each(Safekeeper::kill9);
+    let history = cluster.primary.data().join("walproposer.history");
+    fs::remove_file(history).expect("it led");
+    let made = (4..=6).map(|id| Safekeeper::init(&cluster.dir, id));
+    cluster.safekeepers = made.collect();
+    let addresses = cluster.safekeepers.iter().map(Safekeeper::address);
+    cluster.primary.configure(&safekeepers_setting(addresses));
+    cluster.safekeepers.iter_mut().for_each(Safekeeper::start);
+    cluster.primary.start();
+    cluster.wait_streaming(3);
+    cluster.primary.sql("insert into t values (1)");
+    let end = cluster.wait_all_caught_up(SOON);
+    cluster.assert_wal_equal(end);
 }
 
 /// Zeroes `begin..end` of `pg_wal`, as a disk cache that was lost.

@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -152,6 +153,20 @@ impl Failure {
             code: 2,
             message: error.to_string(),
         }
+    }
+}
+
+/// A command line that makes no sense, or asks for help.
+pub fn refuse(error: &clap::Error) -> ExitCode {
+    // Whoever does not listen misses it.
+    let _ = error.print();
+    let is_fetch_wal = std::env::args_os()
+        .nth(1)
+        .is_some_and(|verb| verb == "fetch-wal");
+    match u8::try_from(error.exit_code()) {
+        Ok(2) if is_fetch_wal => ExitCode::from(safekeeper::fetch_wal::exit_code_for_usage()),
+        Ok(code) => ExitCode::from(code),
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

@@ -12,7 +12,9 @@
 //!
 //! * **The newest segment**, committed in part, is filled up with zeros, where recovery finds the
 //!   end of WAL. A standby goes on from there, by streaming or by asking again; a recovery without
-//!   `standby.signal` ends there, and so reaches the last commit instead of the last segment.
+//!   `standby.signal` ends there, at the last commit that the safekeepers know of, instead of the last
+//!   segment. While no primary is alive they may know of less than they hold: only an election tells,
+//!   that is, a standby's promotion.
 //! * Recovery puts what it is given in the place of a file of the same name in `pg_wal`, and that
 //!   may reach further: safekeepers learn late what is committed. A standby that lost its tail so
 //!   would not be consistent any more, and could not be promoted just when nobody else is there to
@@ -34,8 +36,8 @@
 //! because nobody answered would make a server of a past that nobody asked for. A code above 125
 //! stops it instead, and it can be started again. A standby must not be stopped by it.
 //!
-//! A crash leaves a temporary file `NAME.PID.fetching`, which the next call removes. Nothing but `%p`
-//! and it is ever written.
+//! A crash leaves a temporary file `NAME.PID.fetching`, which the next call for the same name removes.
+//! Nothing but `%p` and it is ever written.
 
 mod offer;
 pub mod sources;
@@ -57,7 +59,7 @@ use crate::wal_client::WalClientConfig;
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);
 /// For asking all of them. A name server may take longer than anything else.
 const ASK_TIMEOUT: Duration = Duration::from_secs(10);
-/// Once a majority has answered, the others have so long to offer more.
+/// Once a majority has answered and none of them has removed it, the others have so long to offer more.
 const GRACE: Duration = Duration::from_millis(500);
 
 /// Why there is no file.
@@ -94,6 +96,12 @@ impl FetchError {
             FetchError::Usage(_) => 2,
         }
     }
+}
+
+/// Exit code for a command line that can't be read: it must not be taken for the end of an archive
+/// either. The working directory is that of a server in recovery, or nobody's.
+pub fn exit_code_for_usage() -> u8 {
+    FetchError::Usage(String::new()).exit_code(Path::new("pg_wal/RECOVERYXLOG"))
 }
 
 /// What the command line says.
@@ -232,7 +240,9 @@ impl Asked {
     }
 
     fn next(&mut self) -> Option<Reply> {
-        if self.majority_answered() && !self.is_final && self.graced.is_none() {
+        // Who has removed it knows nothing of the others.
+        let enough = self.parts.len() + self.absent >= self.majority;
+        if enough && !self.is_final && self.graced.is_none() {
             self.graced = Some(Instant::now());
         }
         let deadline = self.started + ASK_TIMEOUT;
@@ -244,7 +254,7 @@ impl Asked {
         self.answers.recv_timeout(left).ok()
     }
 
-    /// So many know what they hold that some of them would have it, were it committed.
+    /// So many have answered that one of them would have it, had it been known to be committed.
     fn majority_answered(&self) -> bool {
         self.parts.len() + self.absent + self.removed.len() >= self.majority
     }
@@ -266,6 +276,10 @@ impl Asked {
                     )));
                 }
                 Err(reason) => self.broke(&address, &reason),
+            }
+            // Somebody has more than what is left: a recovery must not end without it.
+            if self.is_final {
+                return Err(FetchError::Unknown(self.nobody_has(file)));
             }
         }
         let text = self.nobody_has(file);

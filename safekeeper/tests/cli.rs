@@ -222,3 +222,26 @@ fn idle_http_connections_do_not_use_up_the_descriptors() {
     expect(&["status", &daemon.http], 0, &[]);
     assert_eq!(daemon.child.try_wait().expect("a child"), None);
 }
+
+/// A restore_command that can't be read is no empty archive: recovery must not end there.
+#[test]
+fn a_misspelt_restore_command_stops_a_recovery() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let code = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_safekeeper"));
+        command.args([
+            "fetch-wal",
+            "--form",
+            "a:1",
+            "000000010000000000000001",
+            "pg_wal/X",
+        ]);
+        command.current_dir(dir.path());
+        command.output().expect("it runs").status.code()
+    };
+    assert_eq!(code(), Some(2));
+    std::fs::write(dir.path().join("recovery.signal"), "").expect("written");
+    assert_eq!(code(), Some(128));
+    std::fs::write(dir.path().join("standby.signal"), "").expect("written");
+    assert_eq!(code(), Some(2));
+}

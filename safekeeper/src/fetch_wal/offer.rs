@@ -17,6 +17,9 @@ use crate::wal_client::{
 /// WAL that is committed is sent at once; longer without any, and the safekeeper is given up.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A transfer that is slower than this on the whole is given up, and the next safekeeper asked.
+const BYTES_PER_SECOND_MIN: u64 = 1 << 20;
+
 /// "undefined_file": the segment or history file has been removed, or never was.
 const UNDEFINED_FILE: &str = "58P01";
 
@@ -155,7 +158,15 @@ fn next_wal(stream: &mut WalStream) -> Result<Vec<u8>, ClientError> {
         let left = deadline.saturating_duration_since(Instant::now());
         match stream.next_event(left)? {
             Some(WalEvent::Wal { wal, .. }) => return Ok(wal),
-            Some(WalEvent::Keepalive { .. }) => {}
+            Some(WalEvent::Keepalive {
+                reply_requested, ..
+            }) => {
+                if reply_requested {
+                    // We are alive, and hold nothing back.
+                    let received = stream.position();
+                    stream.report(received, Lsn::INVALID, Lsn::INVALID)?;
+                }
+            }
             Some(WalEvent::TimelineEnd(end)) => {
                 return Err(ClientError::Protocol(format!(
                     "the timeline ends at {}, short of what was offered",
@@ -197,6 +208,8 @@ impl SegmentOffer {
     fn receive(mut self, target: &Target) -> Result<Temporary<'_>, String> {
         let mut temporary = target.create().map_err(|error| target.failed(&error))?;
         let (mut left, mut wal) = (self.len(), self.first);
+        let patience = STALL_TIMEOUT + Duration::from_secs(left / BYTES_PER_SECOND_MIN);
+        let deadline = Instant::now() + patience;
         loop {
             // The stream does not know where we want to stop.
             let len = usize::try_from(left).map_or(wal.len(), |left| left.min(wal.len()));
@@ -206,6 +219,9 @@ impl SegmentOffer {
             left -= len as u64;
             if left == 0 {
                 return Ok(temporary);
+            }
+            if Instant::now() >= deadline {
+                return Err(ClientError::TimedOut(patience).to_string());
             }
             wal = next_wal(&mut self.stream).map_err(|error| error.to_string())?;
         }

@@ -5,7 +5,8 @@
 //!
 //! The file is written under a name that only this process has, locked while it lives, and renamed:
 //! `%p` is the whole file or nothing. A command that a killed server left behind may still be at
-//! work when the next one runs; neither writes into the other's.
+//! work when the next one runs; neither writes into the other's, and one whose parent is gone brings
+//! nothing to its name any more.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -25,6 +26,8 @@ pub struct Target {
     /// Where it lies; not empty.
     dir: PathBuf,
     data_dir: Option<PathBuf>,
+    /// Process that has asked for it.
+    parent: u32,
 }
 
 impl Target {
@@ -39,6 +42,7 @@ impl Target {
             name: name.to_owned(),
             data_dir: data_dir.map(Path::to_owned),
             dir: dir.to_owned(),
+            parent: std::os::unix::process::parent_id(),
         })
     }
 
@@ -170,6 +174,9 @@ impl Temporary<'_> {
     /// On stable storage under its name when it returns.
     pub fn finish(mut self) -> io::Result<()> {
         self.file.sync_all()?;
+        if std::os::unix::process::parent_id() != self.target.parent {
+            return Err(io::Error::other("whoever asked for it is gone"));
+        }
         std::fs::rename(&self.path, &self.target.path)?;
         self.is_renamed = true;
         File::open(&self.target.dir)?.sync_all()

@@ -244,6 +244,50 @@ fn who_is_silent_or_gone_does_not_hold_up_the_others() {
     assert_eq!(nobody_named.refused(&segment_name(1, part)).0, 128);
 }
 
+/// The one that has most of the newest segment breaks off in the middle of it. A standby takes what
+/// another one has, and asks again; a recovery that would end there must not.
+#[test]
+fn a_recovery_does_not_end_short_of_what_was_offered() {
+    let (more, less) = (Daemon::start(), Daemon::start());
+    let (long, short) = (some_wal(3 * SEGMENT / 4), some_wal(SEGMENT / 4));
+    drop(more.with_log(&long));
+    drop(less.with_log(&short));
+    let breaks_off = relay_of(
+        more.address(),
+        usize::try_from(SEGMENT / 2).expect("it fits"),
+    );
+    let recovery = Recovery::of(&[&breaks_off.to_string(), &less.address().to_string()]);
+    let file = segment_name(1, LOG_START);
+    recovery.touch("standby.signal", b"");
+    assert!(recovery.fetch(&file) == Ok(filled_up(short.bytes())));
+    std::fs::remove_file(recovery.dir.path().join("standby.signal")).expect("ours");
+    recovery.touch("recovery.signal", b"");
+    let (code, text) = recovery.refused(&file);
+    assert_eq!(code, 128, "{text}");
+    assert!(text.contains(&breaks_off.to_string()), "{text}");
+}
+
+/// Passes on what a client says, and of the answer so many bytes; then it hangs up.
+fn relay_of(target: std::net::SocketAddr, answer_len: usize) -> std::net::SocketAddr {
+    use std::io::{Read, copy};
+    use std::net::{Shutdown, TcpStream};
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("bound");
+    std::thread::spawn(move || {
+        while let Ok((client, _)) = listener.accept() {
+            let server = TcpStream::connect(target).expect("a daemon");
+            let (mut from, mut to) = (
+                client.try_clone().expect("one"),
+                server.try_clone().expect("one"),
+            );
+            std::thread::spawn(move || copy(&mut from, &mut to));
+            let _ = copy(&mut (&server).take(answer_len as u64), &mut &client);
+            let _ = client.shutdown(Shutdown::Both);
+        }
+    });
+    address
+}
+
 #[test]
 fn wal_that_was_there_once_is_not_the_end_of_wal() {
     let daemon = Daemon::with(|config| config.wal_keep_size = 0);
