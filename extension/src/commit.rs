@@ -93,7 +93,7 @@ unsafe extern "C-unwind" fn before_command(statement: *mut pg_sys::PlannedStmt) 
     read_only::enforce();
     if ends_prepared {
         read_only::refuse_commit();
-        before_wait();
+        before_wait(true);
     }
     ends_prepared
 }
@@ -126,15 +126,21 @@ unsafe fn ends_prepared_transaction(statement: *mut pg_sys::PlannedStmt) -> bool
 std::thread_local! {
     /// The transaction that is committing has written WAL and waits for the quorum.
     static AWAITS_QUORUM: Cell<bool> = const { Cell::new(false) };
+    /// It is a session's, and had no number when it began to commit.
+    static LACKED_NUMBER: Cell<bool> = const { Cell::new(false) };
 }
 
 #[pg_guard]
 unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *mut c_void) {
     match event {
-        XactEvent::XACT_EVENT_PRE_COMMIT | XactEvent::XACT_EVENT_PRE_PREPARE => before_commit(),
+        XactEvent::XACT_EVENT_PRE_COMMIT => before_commit(false),
+        XactEvent::XACT_EVENT_PRE_PREPARE => before_commit(true),
         XactEvent::XACT_EVENT_COMMIT => {
             // Without a number it was no commit, whatever WAL reading has left: nobody waits for that.
-            if AWAITS_QUORUM.replace(false) && has_transaction_id() {
+            // One that has got its number since has written behind our back: in the callback of a
+            // library that was loaded before this one.
+            let is_late = LACKED_NUMBER.replace(false) && must_wait_for_quorum();
+            if (AWAITS_QUORUM.replace(false) || is_late) && has_transaction_id() {
                 // SAFETY: a variable of this process, the end of the commit record just written.
                 hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastCommitEnd }));
             }
@@ -151,30 +157,37 @@ unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *
         }
         XactEvent::XACT_EVENT_ABORT => {
             AWAITS_QUORUM.set(false);
+            LACKED_NUMBER.set(false);
             signals::release();
         }
         _ => {}
     }
 }
 
-fn before_commit() {
+/// One that is prepared gets its number, and writes, when this is over, whatever it has done.
+fn before_commit(is_prepare: bool) {
     AWAITS_QUORUM.set(false);
-    // SAFETY: variables of this process.
-    let (wrote_wal, is_session) = unsafe {
-        let kind = pg_sys::MyBackendType;
-        let internal =
-            kind == BackendType::B_AUTOVAC_WORKER || kind == BackendType::B_AUTOVAC_LAUNCHER;
-        (pg_sys::XactLastRecEnd != 0, !internal)
-    };
+    let wrote_wal = is_prepare || wrote_wal();
+    // SAFETY: a variable of this process.
+    let kind = unsafe { pg_sys::MyBackendType };
+    let internal = kind == BackendType::B_AUTOVAC_WORKER || kind == BackendType::B_AUTOVAC_LAUNCHER;
+    let has_number = has_transaction_id();
+    LACKED_NUMBER.set(!internal && !has_number);
     // One that has written WAL without a number (it pruned a page) may be given one yet, by NOTIFY.
-    if (has_transaction_id() || wrote_wal) && is_session {
-        if has_transaction_id() && wrote_wal {
+    if (has_number || wrote_wal) && !internal {
+        let is_commit = is_prepare || has_number && wrote_wal;
+        if is_commit {
             read_only::refuse_commit();
         }
-        let waits = before_wait();
+        let waits = before_wait(is_commit);
         // One that wrote to temporary or unlogged tables only does not wait.
         AWAITS_QUORUM.set(wrote_wal && waits);
     }
+}
+
+fn wrote_wal() -> bool {
+    // SAFETY: a variable of this process.
+    unsafe { pg_sys::XactLastRecEnd != 0 }
 }
 
 fn has_transaction_id() -> bool {
@@ -182,13 +195,14 @@ fn has_transaction_id() -> bool {
     unsafe { pg_sys::GetTopTransactionIdIfAny() != pg_sys::InvalidTransactionId }
 }
 
-/// Whether a wait follows. From here until the transaction ends nothing interrupts it.
-fn before_wait() -> bool {
+/// Whether a wait follows. From here until the transaction ends nothing interrupts it. `is_commit`: it
+/// can still be refused, and would wait in vain.
+fn before_wait(is_commit: bool) -> bool {
     raise_synchronous_commit();
     if !waits_for_quorum() {
         return false;
     }
-    if shmem::stop().is_some_and(|stop| stop.waits_have_ended()) {
+    if is_commit && shmem::stop().is_some_and(|stop| stop.waits_have_ended()) {
         postgres::error(
             PgSqlErrorCode::ERRCODE_ADMIN_SHUTDOWN,
             "the server is stopping, and the safekeepers' quorum cannot be reached for this commit",
@@ -205,6 +219,12 @@ fn waits_for_quorum() -> bool {
     // SAFETY: a variable of this process.
     let current = unsafe { pg_sys::synchronous_commit };
     current >= SyncCommitLevel::SYNCHRONOUS_COMMIT_REMOTE_WRITE as i32
+}
+
+/// Whatever the session says, or by what it says.
+fn must_wait_for_quorum() -> bool {
+    let (least, _) = settings::min_synchronous_commit().level();
+    least >= SyncCommitLevel::SYNCHRONOUS_COMMIT_REMOTE_WRITE || waits_for_quorum()
 }
 
 /// To the least allowed, until the transaction ends.

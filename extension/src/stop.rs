@@ -123,6 +123,9 @@ impl Stopping {
             return;
         };
         stop.set_lingered(self.since.elapsed());
+        // Nobody answers commits from here on. Who comes late (SQL on a replication connection, which
+        // ends after us) is refused while it can still be undone.
+        stop.end_waits();
         if !stop.has_sender() {
             return postgres::warning(
                 "there is no last sender: the shutdown checkpoint reaches the safekeepers at the next start only",
@@ -137,10 +140,27 @@ impl Stopping {
 
 /// Besides the worker, WAL senders and the last sender; of WAL senders those whose commit waits.
 fn sessions_are_left() -> bool {
+    count_sessions() > 1 || !waits::waiting().is_empty()
+}
+
+/// Of sessions and workers, this one included.
+fn count_sessions() -> i32 {
     // SAFETY: counts under a lock of its own.
     let processes = unsafe { pg_sys::CountDBBackends(pg_sys::InvalidOid) };
     let last_sender = i32::from(shmem::stop().is_some_and(StopShared::has_sender));
-    processes - count_others() - last_sender > 1 || !waits::waiting().is_empty()
+    processes - count_others() - last_sender
+}
+
+/// At the worker's end, whatever the reason: if the server stops and there is nobody to do it later,
+/// sessions must not be left in a wait that nothing can end.
+pub fn leave() {
+    let Some(stop) = shmem::stop() else {
+        return;
+    };
+    stop.leave_worker();
+    if !stop.has_sender() && postgres::lock_file_says_stopping() {
+        waits::end_all();
+    }
 }
 
 /// What is left of `shutdown_timeout` for the last sender. A little if the worker has used it up:

@@ -119,9 +119,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
 #[pg_guard]
 unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
     shmem::publish_stopped();
-    if let Some(stop) = shmem::stop() {
-        stop.leave_worker();
-    }
+    stop::leave();
 }
 
 /// For threads to wake a main loop by.

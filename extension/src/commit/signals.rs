@@ -13,20 +13,23 @@
 //!
 //! SIGUSR2 is handled for that long only; one that is not ours goes to the handler that was there.
 //!
+//! A library may have started threads in this process (numpy in PL/Python does), on which they are
+//! not blocked. There a handler of ours keeps them, and raises them again when the wait is over.
+//!
 //! SIGALRM is not blocked: the time-outs whose handlers do not send one of these to the process
 //! itself set flags that nobody looks at in the wait. SIGQUIT (an immediate stop) is obeyed at once.
 //!
 //! An ERROR on the way to the commit record leaves without a word to us. `AbortTransaction` and
-//! `AbortSubTransaction` unblock all signals by themselves; what remains of us then, the handler of
-//! SIGUSR2, goes when the transaction ends.
+//! `AbortSubTransaction` unblock all signals by themselves; what remains of us then, the handlers, goes
+//! when the transaction ends.
 
 use std::cell::Cell;
 use std::ffi::c_int;
-use std::mem::MaybeUninit;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use pgrx::pg_sys;
 
-use super::mask;
+use super::mask::{self, DEFERRED, action, set_action};
 use crate::stop::StopShared;
 use crate::{postgres, shmem};
 
@@ -34,12 +37,11 @@ use crate::{postgres, shmem};
 /// no session is left.
 pub const END_WAIT: c_int = libc::SIGUSR2;
 
-const DEFERRED: [c_int; 2] = [libc::SIGINT, libc::SIGTERM];
-
 /// What there was before.
 #[derive(Clone, Copy)]
 struct Before {
     mask: libc::sigset_t,
+    deferred: [libc::sigaction; DEFERRED.len()],
     end_wait: libc::sigaction,
 }
 
@@ -47,12 +49,21 @@ std::thread_local! {
     static BEFORE: Cell<Option<Before>> = const { Cell::new(None) };
 }
 
+/// What handled [`END_WAIT`] before; 0 if nothing did. For whatever thread it comes on.
+static END_WAIT_BEFORE: AtomicUsize = AtomicUsize::new(0);
+
 /// Until [`release`], or until Postgres aborts the transaction.
 pub fn defer() {
     let mask = mask::change(libc::SIG_BLOCK, DEFERRED);
     if BEFORE.get().is_none() {
-        let end_wait = set_action(&end_wait_action());
-        BEFORE.set(Some(Before { mask, end_wait }));
+        let deferred = DEFERRED.map(|signal| set_action(signal, &action(mask::keep)));
+        let end_wait = set_action(END_WAIT, &action(on_end_wait));
+        END_WAIT_BEFORE.store(end_wait.sa_sigaction, Ordering::Relaxed);
+        BEFORE.set(Some(Before {
+            mask,
+            deferred,
+            end_wait,
+        }));
     }
 }
 
@@ -61,29 +72,15 @@ pub fn release() {
     let Some(before) = BEFORE.take() else {
         return;
     };
-    set_action(&before.end_wait);
+    for (signal, action) in DEFERRED.iter().zip(&before.deferred) {
+        set_action(*signal, action);
+    }
+    set_action(END_WAIT, &before.end_wait);
     // SAFETY: a set that sigprocmask filled.
     let was_blocked = |signal: c_int| unsafe { libc::sigismember(&before.mask, signal) == 1 };
     let ours = DEFERRED.into_iter().filter(|&signal| !was_blocked(signal));
     mask::change(libc::SIG_UNBLOCK, ours);
-}
-
-fn end_wait_action() -> libc::sigaction {
-    // SAFETY: all zeroes are a valid value: no flags, an empty mask.
-    let mut action: libc::sigaction = unsafe { MaybeUninit::zeroed().assume_init() };
-    action.sa_sigaction = on_end_wait as *const () as usize;
-    action.sa_flags = libc::SA_RESTART;
-    action
-}
-
-/// Returns the action that there was.
-fn set_action(action: &libc::sigaction) -> libc::sigaction {
-    let mut before = MaybeUninit::<libc::sigaction>::uninit();
-    // SAFETY: both are valid for as long as the call lasts; it can't fail for this signal.
-    unsafe {
-        libc::sigaction(END_WAIT, action, before.as_mut_ptr());
-        before.assume_init()
-    }
+    mask::raise_kept();
 }
 
 /// As Postgres's own handler of SIGTERM: the wait is given up, and then the session. Only what a
@@ -104,8 +101,8 @@ extern "C" fn on_end_wait(signal: c_int) {
 
 /// A background worker may have a use of its own for the signal.
 fn pass_on(signal: c_int) {
-    let handler = BEFORE.get().map(|before| before.end_wait.sa_sigaction);
-    if let Some(handler) = handler.filter(|&h| h != libc::SIG_IGN && h != libc::SIG_DFL) {
+    let handler = END_WAIT_BEFORE.load(Ordering::Relaxed);
+    if handler != libc::SIG_IGN && handler != libc::SIG_DFL {
         // SAFETY: what was registered as a handler, by Postgres's `pqsignal`, which knows this one
         // form; called as the kernel would have called it.
         unsafe { std::mem::transmute::<usize, extern "C" fn(c_int)>(handler)(signal) };

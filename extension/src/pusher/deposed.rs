@@ -16,10 +16,12 @@
 //!
 //! How we know:
 //!
-//! * A reign that runs is told by a member's answer that carries a higher term.
-//! * A worker that was started again on a server that another has replaced finds the other's WAL
-//!   when it greets. A healthy primary's worker is restarted too, and must never take a passing
-//!   view for this. So what counts is not that somebody is alive, nor a higher term (our own
+//! * A member's answer that carries a higher term ends the reign at once. That another has *won* it
+//!   is not said by that: a candidacy that died may have left it on one member. So the worker ends,
+//!   and the next one looks: it finds the other's WAL when it greets, waits while the other is alive
+//!   and has written none, or leads again.
+//! * A healthy primary's worker is started again for other reasons too, and must never take a passing
+//!   view for a successor. So what counts is not that somebody is alive, nor a higher term (our own
 //!   candidacies raise it, and die), but WAL on a member's disk, written in a term that is above
 //!   every one this server was ever elected in. A safekeeper takes WAL only from a proposer that a
 //!   majority has voted for. From that vote on nothing of ours could be committed, and it is not
@@ -36,14 +38,22 @@ use safekeeper_protocol::{Term, TermHistory, WaitReason};
 
 use super::Pusher;
 use crate::settings::{self, OnDeposed};
-use crate::{postgres, shmem};
+use crate::{postgres, shmem, worker};
 
 impl Pusher {
     pub(super) fn on_deposed(&mut self, by: Term) {
         let own = self.proposer.term();
-        self.lose_reign(format!(
-            "another server was elected in term {by}, this one was in term {own}"
-        ));
+        let what = format!("a safekeeper follows term {by}, this server was in term {own}");
+        if self.wal_sender.is_none() {
+            // A promotion, or the last WAL of a stop: it ends here, and the server is not concerned.
+            self.deposed = Some(what);
+            return;
+        }
+        postgres::warning(
+            format!("{what}: no commit is acknowledged here until it is known who leads"),
+            "",
+        );
+        worker::end();
     }
 
     /// Not elected, for this reason: because another has reigned since?
@@ -74,10 +84,6 @@ impl Pusher {
         let Some(how_we_know) = &self.deposed else {
             return;
         };
-        if self.wal_sender.is_none() {
-            // A standby's promotion was overtaken by another one. It goes on being a standby.
-            return;
-        }
         postgres::warning(
             format!("{how_we_know}: no commit is acknowledged here any more"),
             "",

@@ -24,7 +24,7 @@ use pgrx::{check_for_interrupts, pg_guard, pg_sys};
 use safekeeper_protocol::Lsn;
 
 use super::line::{GREETING, NAME_PREFIX};
-use super::{StopShared, time_left, waits};
+use super::{StopShared, count_sessions, time_left, waits};
 use crate::postgres::{self, Port};
 use crate::pusher::Pusher;
 use crate::settings::settings;
@@ -118,7 +118,9 @@ fn prepare_process() {
         pg_sys::CommitTransactionCommand();
         pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::null());
         pg_sys::pqsignal(libc::SIGUSR2, Some(on_last_cycle));
+        // It is not for the asking: `pg_terminate_backend` of everybody, before a stop, must leave it.
         libc::signal(libc::SIGINT, libc::SIG_IGN);
+        libc::signal(libc::SIGTERM, libc::SIG_IGN);
         // From here on the postmaster does not wait for it as it does for sessions.
         postgres::MarkPostmasterChildWalSender();
         postgres::SendPostmasterSignal(postgres::ADVANCE_STATE_MACHINE);
@@ -174,7 +176,11 @@ fn stand_in(stop: &StopShared, stopping_since: &mut Option<Instant>) {
     unsafe { postgres::SendPostmasterSignal(postgres::ADVANCE_STATE_MACHINE) };
     const FOR_ANOTHER_WORKER: Duration = Duration::from_secs(5);
     let since = stopping_since.get_or_insert_with(Instant::now);
-    if since.elapsed() >= time_left(stop).max(FOR_ANOTHER_WORKER) {
+    // In a smart stop sessions may stay, and would see what is not on the quorum. In a fast one those
+    // that do not wait are gone by now.
+    let waiting = i32::try_from(waits::waiting().len()).unwrap_or(i32::MAX);
+    let is_late = since.elapsed() >= time_left(stop).max(FOR_ANOTHER_WORKER);
+    if is_late && count_sessions() <= waiting {
         waits::end_all();
     }
 }
