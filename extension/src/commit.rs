@@ -15,7 +15,8 @@
 //! and `walproposer.shutdown_timeout` is over (`stop/waits.rs`). Then it is counted
 //! (`pg_stat_walproposer.waits_cancelled`), logged, and the client gets no answer.
 //!
-//! On a deposed primary that only reads, the first two are refused (`read_only.rs`).
+//! On a deposed primary that only reads, commits that have written, and the commands for prepared
+//! transactions, are refused (`read_only.rs`).
 //!
 //! Autovacuum commits without waiting, as it does with any synchronous standby: nobody is told of
 //! its commits, and without a quorum it is needed most.

@@ -80,7 +80,7 @@ unsafe extern "C-unwind" fn on_exit(_code: std::ffi::c_int, _arg: pg_sys::Datum)
 fn serve() {
     let (waker, wake_receiver) = worker::new_waker();
     let mut wait_set = WaitSet::new(wake_receiver.fd());
-    let mut campaign: Option<Campaign> = None;
+    let mut attempt: Option<Attempt> = None;
     let mut readable = Vec::new();
     loop {
         worker::reset_latch();
@@ -91,7 +91,7 @@ fn serve() {
             worker::end();
         }
         let is_over = !postgres::in_recovery();
-        match &mut campaign {
+        match &mut attempt {
             None if is_over => {
                 if let Some(request) = promotion::open_request() {
                     let reason = "recovery was ended meanwhile";
@@ -99,10 +99,10 @@ fn serve() {
                 }
                 return;
             }
-            None => campaign = promotion::open_request().map(|it| Campaign::begin(it, &waker)),
+            None => attempt = promotion::open_request().map(|it| Attempt::begin(it, &waker)),
             Some(running) => {
                 if let Some((outcome, reason)) = running.turn(&readable, is_over) {
-                    campaign
+                    attempt
                         .take()
                         .into_iter()
                         .for_each(|it| it.end(outcome, &reason));
@@ -111,7 +111,7 @@ fn serve() {
                 }
             }
         }
-        readable = match &campaign {
+        readable = match &attempt {
             Some(running) => {
                 let timeout_ms = running.pusher.idle_ms().min(POLL_MS);
                 wait_set.wait(&running.pusher.sockets(), timeout_ms)
@@ -132,7 +132,7 @@ fn pg_wal() -> std::path::PathBuf {
 }
 
 /// One request, from the first greeting to its end.
-struct Campaign {
+struct Attempt {
     request: Request,
     pusher: Pusher,
     deadline: Instant,
@@ -158,11 +158,11 @@ enum Stage {
     Ending,
 }
 
-/// How a campaign has ended, and why.
+/// How an attempt has ended, and why.
 type Outcome = (Answer, String);
 
-impl Campaign {
-    fn begin(request: Request, waker: &Waker) -> Campaign {
+impl Attempt {
+    fn begin(request: Request, waker: &Waker) -> Attempt {
         let replayed = postgres::replayed();
         postgres::log(format!(
             "promotion: asked for; WAL is replayed up to {} on timeline {}",
@@ -176,7 +176,7 @@ impl Campaign {
                 "If it does, recovery ends in the wrong place, and this server cannot lead.",
             );
         }
-        Campaign {
+        Attempt {
             request,
             pusher: Pusher::for_standby(&settings(), waker.clone()),
             deadline: Instant::now() + request.wait,
@@ -207,7 +207,7 @@ impl Campaign {
             Some(PromotionStep::Replay { end_lsn }) => match self.pusher.replayed(end_lsn) {
                 Replayed::Waiting(how_far) => {
                     self.watch_receiver(end_lsn);
-                    self.wait_for(how_far)
+                    self.not_yet(how_far)
                 }
                 Replayed::Wrong(reason) => Some(reason),
                 Replayed::Whole => {
@@ -237,12 +237,13 @@ impl Campaign {
         } else if self.progress.1.elapsed() >= STUCK && !postgres::end_receiver() {
             self.progress.1 = Instant::now();
             postgres::log(format!(
-                "promotion: the WAL receiver has brought nothing since {received}: it is started anew"
+                "promotion: restarting the WAL receiver, which has brought nothing beyond {received} for {} s",
+                STUCK.as_secs()
             ));
         }
     }
 
-    fn wait_for(&mut self, reason: String) -> Option<String> {
+    fn not_yet(&mut self, reason: String) -> Option<String> {
         self.waits_for = reason;
         None
     }
@@ -252,11 +253,11 @@ impl Campaign {
         let is_promotion = self.request.wanted == Wanted::Promotion;
         // Nothing more may come between the last look and the end.
         if is_promotion && !postgres::end_receiver() {
-            return self.wait_for("the process that receives WAL has yet to end".to_owned());
+            return self.not_yet("the process that receives WAL has yet to end".to_owned());
         }
         match self.pusher.still_whole(switch_lsn) {
             Replayed::Whole => {}
-            Replayed::Waiting(why) => return self.wait_for(why),
+            Replayed::Waiting(why) => return self.not_yet(why),
             Replayed::Wrong(reason) => return Some(reason),
         }
         match take_timelines(&pg_wal(), postgres::replayed().tli, tli.0) {
@@ -267,7 +268,7 @@ impl Campaign {
                 ));
             }
             Err(error) => {
-                return self.wait_for(format!("could not write into pg_wal: {error}"));
+                return self.not_yet(format!("could not write into pg_wal: {error}"));
             }
         }
         if !is_promotion {
@@ -288,7 +289,7 @@ impl Campaign {
                 self.stage = Stage::Ending;
                 None
             }
-            Err(error) => self.wait_for(format!("could not end recovery: {error}")),
+            Err(error) => self.not_yet(format!("could not end recovery: {error}")),
         }
     }
 
@@ -344,7 +345,7 @@ impl Campaign {
         }
     }
 
-    fn end(mut self, outcome: Answer, reason: &str) {
+    fn end(self, outcome: Answer, reason: &str) {
         let claimed = self.pusher.claimed_tli().map_or(0, |tli| tli.0);
         match outcome {
             Answer::Done => {
@@ -353,7 +354,7 @@ impl Campaign {
             }
             Answer::Refused | Answer::GivenUp => {
                 // First of all: what was won must not be taken for a reign that was led.
-                self.pusher.forget_reign();
+                forget_reigns();
                 if postgres::in_recovery() {
                     keep_number(claimed);
                     publish_idle();
@@ -437,7 +438,7 @@ pub fn remove_placeholders(pg_wal: &Path) {
 
 /// The worker's first step: a term is handed over, or will not be.
 pub fn await_end() {
-    let is_gone = || (!promotion::promoter_is_there() || stop::is_requested()).then_some(());
+    let is_gone = || (!promotion::wake_promoter() || stop::is_requested()).then_some(());
     shmem::wait_for_board(Duration::MAX, is_gone);
 }
 

@@ -87,12 +87,16 @@ impl Board {
         reason: Text::EMPTY,
     };
 
-    fn ask(&mut self, wanted: Wanted, wait: Duration) -> Result<u64, &'static str> {
+    /// The request's number; or why it can't be taken, and a hint.
+    fn ask(&mut self, wanted: Wanted, wait: Duration) -> Result<u64, [&'static str; 2]> {
         if self.promoter_pid == 0 {
-            return Err("the walproposer's promoter does not run");
+            return Err([
+                "the walproposer's promoter does not run",
+                "Try again in a moment. A server that was no standby when it was started must be started again.",
+            ]);
         }
         if self.answered < self.asked {
-            return Err("another promotion is under way");
+            return Err(["another promotion is under way", "Wait for its end."]);
         }
         self.asked += 1;
         // SAFETY: a variable of this process.
@@ -172,7 +176,7 @@ pub fn answer(request: &Request, answer: Answer, reason: &str) {
 }
 
 /// Wakes the promoter, to see that recovery is over; whether there is one.
-pub fn promoter_is_there() -> bool {
+pub fn wake_promoter() -> bool {
     let pid = shmem::with_board(|board| board.promoter_pid).unwrap_or(0);
     if pid != 0 {
         postgres::wake(pid);
@@ -260,8 +264,8 @@ fn ask(wanted: Wanted, wait: Duration) -> bool {
     };
     if !shmem::is_there() {
         not_now(
-            "walproposer is not loaded",
-            "Add walproposer to shared_preload_libraries and restart the server.",
+            "walproposer is not active",
+            "Add walproposer to shared_preload_libraries, set walproposer.safekeepers, and restart the server.",
         );
     }
     if !postgres::in_recovery() {
@@ -273,10 +277,7 @@ fn ask(wanted: Wanted, wait: Duration) -> bool {
     let asked = shmem::with_board(|board| (board.ask(wanted, wait), board.promoter_pid));
     let (number, pid) = match asked {
         Some((Ok(number), pid)) => (number, pid),
-        Some((Err(reason), _)) => not_now(
-            reason,
-            "Try again in a moment. A server that was no standby when it was started must be started again.",
-        ),
+        Some((Err([reason, hint]), _)) => not_now(reason, hint),
         None => return false,
     };
     let asking = Asking(number);

@@ -13,7 +13,8 @@
 //! election.
 //!
 //! A standby that is to be promoted has one too, which brings the quorum to where its log ends and
-//! hands the won term to the worker (`promoter.rs`): it releases no commits and keeps no slot.
+//! hands the won term to the worker (`promoter.rs`): it releases no commits and keeps no slot. So has the
+//! last sender of a stop, for the WAL behind the worker's end (`stop/last_sender.rs`).
 //!
 //! The parts: `connections.rs` what comes in, `actions.rs` what the proposer wants done, `sending.rs`
 //! what goes out, `standing.rs` the replication slot and the views, `promotion.rs` what only a
@@ -270,7 +271,7 @@ impl Pusher {
             .next_tick_ms(|peer| self.members[peer.0].peer.can_take_append())
     }
 
-    /// Since the worker started.
+    /// Since this pusher began.
     fn now_ms(&self) -> u64 {
         millis(self.started.elapsed())
     }

@@ -80,7 +80,7 @@ impl MinSynchronousCommit {
     }
 }
 
-/// What the worker starts with; changed by a restart only.
+/// What the worker, the promoter, the candidate and the last sender start with; changed by a restart only.
 pub struct Settings {
     pub safekeepers: Vec<PeerAddress>,
     pub conninfo: Conninfo,
@@ -202,7 +202,7 @@ pub fn define() {
     );
     GucRegistry::define_int_guc(
         c"walproposer.shutdown_timeout",
-        c"Time for which a shutdown waits for sessions whose commits the quorum has yet to confirm.",
+        c"Time for which a shutdown waits for the quorum: for commits in flight, and for the shutdown checkpoint.",
         c"",
         &SHUTDOWN_TIMEOUT,
         0,

@@ -440,7 +440,7 @@ pub fn publish_stopped() {
         }
         status
             .last_error
-            .set("the worker has ended and is started again: the server's log tells why");
+            .set("the worker has ended: the server's log tells why");
     });
 }
 

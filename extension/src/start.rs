@@ -1,7 +1,7 @@
 //! Before recovery: what the server's start does in the postmaster (design §7.1).
 //!
-//! WAL is pushed to the safekeepers before the local disk has flushed it. So after a crash they may
-//! hold more of this server's own WAL than its disk does; and they may hold another primary's.
+//! A disk may lose what it has said to have flushed, and WAL may one day leave before it says so. Then
+//! the safekeepers hold more of this server's own WAL than it does; and they may hold another primary's.
 //! Recovery must not begin before that is known. `shmem_startup_hook` is the place: the data
 //! directory is locked, no session can connect, the startup process has not been forked; and it is
 //! called again when the postmaster restarts its children after a crash.

@@ -126,8 +126,8 @@ fn walproposer_wait_commit_until(lsn: i64, timeout_ms: i64) -> bool {
     if !shmem::is_there() {
         postgres::error(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            "walproposer is not loaded",
-            "Add walproposer to shared_preload_libraries and restart the server.",
+            "walproposer is not active",
+            "Add walproposer to shared_preload_libraries, set walproposer.safekeepers, and restart the server.",
         );
     }
     let lsn = Lsn(u64::try_from(lsn).unwrap_or(0));

@@ -74,7 +74,7 @@ extern "C" fn on_request(_signal: c_int, info: *mut libc::siginfo_t, _context: *
     }
 }
 
-/// The worker is to end.
+/// This worker, or the promoter, is to end.
 pub fn is_requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }
@@ -125,7 +125,7 @@ impl Stopping {
         stop.set_lingered(self.since.elapsed());
         // Nobody answers commits from here on. Who comes late (SQL on a replication connection, which
         // ends after us) is refused while it can still be undone.
-        stop.end_waits();
+        stop.set_waits_ended();
         if !stop.has_sender() {
             return postgres::warning(
                 "there is no last sender: the shutdown checkpoint reaches the safekeepers at the next start only",

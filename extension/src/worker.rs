@@ -13,6 +13,7 @@
 //! | shutdown of the server | goes on while sessions are there, for their commits; then see `stop.rs` |
 //! | SIGTERM without a shutdown | at once |
 //! | an ERROR, a panic of a thread | at once |
+//! | a safekeeper follows a higher term (`pusher/deposed.rs`) | at once |
 //! | the postmaster dies | at once |
 //!
 //! It ends with status 1, whereupon the postmaster starts it again after a second, unless it is
@@ -196,7 +197,7 @@ pub fn reset_latch() {
     unsafe { pg_sys::ResetLatch(pg_sys::MyLatch) };
 }
 
-/// Status 0, so that the postmaster does not.
+/// Status 0, so that the postmaster does not start it again.
 pub fn end_for_good() -> ! {
     // SAFETY: as in `end`.
     unsafe { pg_sys::proc_exit(0) }

@@ -8,7 +8,6 @@
 //! Each case is played several times, since what a signal or a cut meets is a matter of luck.
 //! `SEED=n` repeats the choices of a run (not its timing).
 
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cluster_tests::ledger::{Acknowledged, Ledger};
@@ -72,7 +71,7 @@ fn a_worker_that_is_started_again_finds_its_successor() {
 /// What is decided by a reload counts too, for one that has been deposed already.
 #[test]
 fn a_reload_decides_anew() {
-    let case = Case::start("wait").pause(&mut fastrand::Rng::new());
+    let case = Case::start("wait").pause(&mut random());
     case.wait_deposed();
     case.set("read_only");
     wait_until("it is read-only", SOON, || {
@@ -140,9 +139,10 @@ fn a_healthy_primary_stays() {
         &[],
     );
     let ledger = Ledger::start(&cluster.primary, 4);
+    let mut random = random();
     for round in 0..12 {
-        let i = fastrand::usize(..3);
-        match fastrand::u32(..3) {
+        let i = random.usize(..3);
+        match random.u32(..3) {
             0 => cluster.safekeepers[i].kill9(),
             1 => cluster.safekeepers[i].process().pause(),
             _ => {}
@@ -150,7 +150,7 @@ fn a_healthy_primary_stays() {
         if let Some(worker) = cluster.primary.worker() {
             signal_descendant(worker, libc::SIGTERM);
         }
-        let_run(Duration::from_millis(fastrand::u64(..2500)));
+        let_run(Duration::from_millis(random.u64(..2500)));
         for safekeeper in &mut cluster.safekeepers {
             match safekeeper.runs() {
                 true => safekeeper.process().resume(),
@@ -166,15 +166,20 @@ fn a_healthy_primary_stays() {
     ledger.stop().assert_all_in(&cluster.primary);
 }
 
+/// The choices of one test; each prints its own.
+fn random() -> fastrand::Rng {
+    let given = std::env::var("SEED").ok();
+    let given = given.map(|text| text.parse().expect("SEED is a number"));
+    let seed = given.unwrap_or_else(|| fastrand::u64(..1_000_000));
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    println!("{test}: SEED={seed}");
+    fastrand::Rng::with_seed(seed)
+}
+
 fn rounds(mut round: impl FnMut(&mut fastrand::Rng)) {
-    static CASES: AtomicU64 = AtomicU64::new(0);
-    let seed = std::env::var("SEED")
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let seed = seed.unwrap_or_else(|| fastrand::u64(..1_000_000));
-    let mut random = fastrand::Rng::with_seed(seed ^ CASES.fetch_add(1, Ordering::Relaxed) << 32);
+    let mut random = random();
     for n in 0..ROUNDS {
-        println!("SEED={seed} round {n}");
+        println!("round {n}");
         round(&mut random);
     }
 }

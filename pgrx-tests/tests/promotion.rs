@@ -6,6 +6,7 @@ use cluster_tests::ledger::{Acknowledged, Ledger};
 use cluster_tests::link::{Direction, Link};
 use cluster_tests::poll::{SOON, never_within, wait_for, wait_until};
 use cluster_tests::postgres::{Postgres, Stop};
+use cluster_tests::process::signal_descendant;
 use cluster_tests::safekeeper::Safekeeper;
 use cluster_tests::{BackgroundCommit, Cluster, safekeepers_setting};
 use safekeeper_protocol::Lsn;
@@ -138,6 +139,40 @@ fn replay_does_not_wait_for_whoever_waits_for_it() {
     promotion.wait(SOON).expect("it is promoted");
     assert_eq!(standby.value("select pg_is_in_recovery()"), "f");
     assert!(standby.flush_lsn() > end);
+}
+
+/// The standby's WAL receiver hangs: the safekeeper that it has dialled stands still, and takes
+/// connections all the same. A promotion does not wait for that one.
+#[test]
+fn a_receiver_that_hangs_does_not_hold_up_a_promotion() {
+    let mut cluster = Cluster::start();
+    cluster.primary.sql("create table t (n int)");
+    let mut standby = Postgres::base_backup_of(&cluster.primary, &cluster.dir, "standby");
+    cluster.follow_safekeepers(&standby);
+    standby.restore_by_fetch_wal();
+    standby.start();
+    wait_replayed(&standby, cluster.wait_all_caught_up(SOON));
+    cluster.safekeepers[0].process().pause();
+    let receivers = || standby.process().children_named("walreceiver");
+    let streaming = receivers();
+    for receiver in &streaming {
+        signal_descendant(*receiver, libc::SIGTERM);
+    }
+    wait_until("another receiver dials the first of the list", SOON, || {
+        receivers().iter().any(|pid| !streaming.contains(pid))
+    });
+    cluster
+        .primary
+        .sql("insert into t select generate_series(1, 1000)");
+    cluster.primary.kill9();
+    assert_eq!(standby.value(PROMOTE), "t");
+    assert_eq!(standby.value("select count(*) from t"), "1000");
+    let log = standby.log();
+    assert!(
+        log.contains("promotion: restarting the WAL receiver"),
+        "{log}"
+    );
+    cluster.safekeepers[0].process().resume();
 }
 
 /// Recovery is ended by others, but too late: the preparation was given up by then. The server has a
@@ -445,7 +480,7 @@ impl Crowd {
 
 const PROMOTE: &str = "select walproposer_promote(60)";
 
-/// Of a majority of the running safekeepers, the highest.
+/// The highest that two of the running safekeepers have.
 fn term(cluster: &Cluster) -> u64 {
     let running = cluster.safekeepers.iter().filter(|s| s.runs());
     let mut terms: Vec<u64> = running

@@ -30,7 +30,7 @@
 //! | 0 | `%p` is there, as a whole, and on stable storage |
 //! | 1 | not there; or, for a standby, not to be had now: it asks again |
 //! | 2 | wrong usage |
-//! | 128 | with `recovery.signal` only: it could not be found out, or the WAL was there once and has been removed |
+//! | 128 | with `recovery.signal` only: it could not be found out, was asked in a wrong way, or the WAL was there once and has been removed |
 //!
 //! The last is for a recovery that ends where the archive ends: to tell it that an archive is empty
 //! because nobody answered would make a server of a past that nobody asked for. A code above 125
@@ -40,7 +40,7 @@
 //! Nothing but `%p` and it is ever written.
 
 mod offer;
-pub mod sources;
+mod sources;
 mod target;
 
 use std::path::Path;

@@ -8,7 +8,7 @@
 //!                                  ◄──     one row, ReadyForQuery
 //!     'Q' START_REPLICATION        ──►
 //!                                  ◄──     CopyBothResponse
-//!                                  ◄──     'w' WAL, 'k' sign of life      as an iterator of events
+//!                                  ◄──     'w' WAL, 'k' sign of life      as events, one at a time
 //!     'r' write, flush, apply      ──►
 //!                                  ◄──     CopyDone, next timeline        if this one has ended
 //! ```

@@ -45,7 +45,7 @@ impl Pusher {
             // Only a proposer that stands before recovery may ask for them.
             ProposerAction::NothingToRecover | ProposerAction::Complete { .. } => postgres::error(
                 PgSqlErrorCode::ERRCODE_INTERNAL_ERROR,
-                "cannot recover the WAL of a server that writes",
+                "unexpected request to recover WAL",
                 "",
             ),
             ProposerAction::PersistHistory {

@@ -58,8 +58,8 @@ impl Pusher {
 
     /// Not elected, for this reason: because another has reigned since?
     pub(super) fn look_for_a_successor(&mut self, reason: &WaitReason) {
-        let is_promoter = self.wal_sender.is_none();
-        if is_promoter || self.deposed.is_some() || settings::start_without_quorum() {
+        let is_worker = self.wal_sender.is_some();
+        if !is_worker || self.deposed.is_some() || settings::start_without_quorum() {
             return;
         }
         if let Some(how_we_know) = replaced(reason, &self.local.history) {

@@ -14,13 +14,12 @@
 //! more, in the won term, and `pg_wal` is looked through for WAL behind the end.
 
 use safekeeper_protocol::election::COMPARE_LEN_MAX;
-use safekeeper_protocol::{Compared, Lsn, Member, PeerIdx, TermHistory, Tli, WonTerm};
+use safekeeper_protocol::{Compared, Lsn, Member, PeerIdx, Tli, WonTerm};
 use safekeeper_wal::{SegmentFiles, WalDecoder, canonical_end, find_end_with};
 
 use super::{Pusher, thread_panicked};
 use crate::compare::{Comparison, ComparisonEvent, Stretch};
-use crate::local_history::LocalHistory;
-use crate::local_log::{load_timelines, store_local_history};
+use crate::local_log::load_timelines;
 use crate::postgres;
 use crate::wal_source::WalSource;
 
@@ -250,17 +249,5 @@ impl Pusher {
     /// The timeline that the won term has taken, if one was won.
     pub fn claimed_tli(&self) -> Option<Tli> {
         self.proposer.history().last().map(|reign| reign.tli)
-    }
-
-    /// The promotion is given up: what was won confers nothing (W7).
-    pub fn forget_reign(&mut self) {
-        if self.local.history.is_empty() {
-            return;
-        }
-        self.local = LocalHistory {
-            history: TermHistory::default(),
-            ..self.local.clone()
-        };
-        store_local_history(&self.local);
     }
 }

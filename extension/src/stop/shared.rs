@@ -148,7 +148,7 @@ impl StopShared {
     }
 
     /// The server stops, and no wait for the quorum will be answered: `true` if that is news.
-    pub fn end_waits(&self) -> bool {
+    pub fn set_waits_ended(&self) -> bool {
         !self.waits_ended.swap(true, Ordering::AcqRel)
     }
 

@@ -32,7 +32,7 @@ pub fn waiting() -> Vec<i32> {
 pub fn end_all() {
     let pids = waiting();
     let n = pids.len();
-    if shmem::stop().is_some_and(StopShared::end_waits) && n > 0 {
+    if shmem::stop().is_some_and(StopShared::set_waits_ended) && n > 0 {
         postgres::warning(
             format!(
                 "the server is stopping without the safekeepers' quorum: {n} commits are not waited for any longer"

@@ -6,7 +6,7 @@
 
 use std::sync::mpsc::{Sender, channel};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use cluster_tests::link::Link;
 use cluster_tests::place::Programs;
@@ -28,9 +28,6 @@ pub struct Hosts {
     pub harmed: Option<SafekeeperFault>,
     pub cluster: Cluster,
 }
-
-/// A promotion takes less than a second, unless the standby hangs.
-const PROMOTED_BY: Duration = Duration::from_secs(30);
 
 /// Checkpoints and removed WAL are part of the story; so are clients that hold on for a second and
 /// no longer, which is what keeps a cycle short.
@@ -88,15 +85,11 @@ impl Hosts {
         self.standby.rebuild_from(&self.cluster.primary);
     }
 
-    /// By its own function, again and again if need be. Whether it had to wait for a safekeeper
-    /// that stood still: a standby that connects to such a one waits for its answer for ever
-    /// (walreceiver knows no connect_timeout), until somebody does something about it.
-    pub fn promote(&mut self) -> bool {
-        let started = Instant::now();
+    /// By its own function, again and again if need be.
+    pub fn promote(&self) {
         let (sender, answers) = channel();
         let config = self.standby.config();
         thread::spawn(move || ask_for_promotion(&config, &sender));
-        let mut waited = false;
         wait_for(
             &format!("{} is promoted", self.standby.name()),
             2 * SOON,
@@ -107,15 +100,9 @@ impl Hosts {
                         Err(why) => println!("    walproposer_promote: {why}"),
                     }
                 }
-                let stands_still = matches!(self.harmed, Some(SafekeeperFault::Pause(_)));
-                if stands_still && started.elapsed() >= PROMOTED_BY {
-                    waited = true;
-                    self.mend();
-                }
                 None
             },
         );
-        waited
     }
 
     /// Whatever its files say of another host, it lives here and follows the safekeepers.

@@ -16,7 +16,6 @@ pub struct Report {
     gaps: BTreeMap<Fault, Vec<Duration>>,
     ways: BTreeMap<(Fault, &'static str), usize>,
     reasons: Vec<String>,
-    waited_for_safekeeper: usize,
     acknowledged: usize,
     shown: usize,
     longest_gap: Duration,
@@ -29,10 +28,6 @@ impl Report {
 
     pub fn failed_over(&mut self, fault: Fault, gap: Duration) {
         self.gaps.entry(fault).or_default().push(gap);
-    }
-
-    pub fn waited_for_safekeeper(&mut self) {
-        self.waited_for_safekeeper += 1;
     }
 
     pub fn rejoined(&mut self, fault: Fault, way: Way) {
@@ -62,6 +57,7 @@ impl fmt::Display for Report {
             row(&format!("  {fault:?}"), count.to_string())?;
         }
         row("acknowledged commits", self.acknowledged.to_string())?;
+        // One that was lost would have ended the run.
         row("  of them lost", "0".to_owned())?;
         row(
             "rows shown to readers on both hosts",
@@ -81,10 +77,6 @@ impl fmt::Display for Report {
             let quantiles = format!("{} / {} / {}", at(50), at(90), at(100));
             row("  median / 90 % / longest, ms", quantiles)?;
         }
-        row(
-            "promotions that waited for a safekeeper that stood still",
-            self.waited_for_safekeeper.to_string(),
-        )?;
         for ((fault, way), count) in &self.ways {
             let what = format!("old primary rejoined {way} after {fault:?}");
             row(&what, count.to_string())?;
