@@ -170,7 +170,7 @@ impl Pusher {
             cluster: cluster.clone(),
             peers: settings.safekeepers.clone(),
             member_timeout_ms: millis(settings.member_timeout),
-            seed: random_u64(),
+            seed: postgres::random_u128() as u64,
         };
         let mut actions = Vec::new();
         let won = match standing {
@@ -347,9 +347,4 @@ fn thread_panicked(text: &str) -> ! {
         format!("a thread of the walproposer failed: {text}"),
         "",
     )
-}
-
-fn random_u64() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
-    RandomState::new().hash_one(0)
 }

@@ -30,7 +30,7 @@ use crate::pusher::Pusher;
 use crate::settings::settings;
 use crate::shmem;
 use crate::wait_set::WaitSet;
-use crate::worker::new_waker;
+use crate::worker::{new_waker, reset_latch};
 
 /// How it is called in pg_stat_activity.
 const APPLICATION_NAME: &CStr = c"walproposer last sender";
@@ -85,8 +85,7 @@ fn run(stop: &'static StopShared, socket: c_int) -> ! {
     greet(socket);
     let mut stopping_since = None;
     loop {
-        // SAFETY: our own latch.
-        unsafe { pg_sys::ResetLatch(pg_sys::MyLatch) };
+        reset_latch();
         check_for_interrupts!();
         postgres::reload_if_asked();
         if !stop.is_sender() {
@@ -216,8 +215,7 @@ fn send_up_to(end_lsn: Lsn, time: Duration) -> Result<(), NotSent> {
     let mut deadline = Instant::now() + time;
     let mut is_committed = false;
     loop {
-        // SAFETY: our own latch.
-        unsafe { pg_sys::ResetLatch(pg_sys::MyLatch) };
+        reset_latch();
         wake_receiver.clear();
         check_for_interrupts!();
         let not_sent = |reason| NotSent {
