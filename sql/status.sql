@@ -16,6 +16,7 @@ SELECT state,
        bytes_from_buffers,
        bytes_from_files,
        bytes_from_donor,
+       wakeups,
        waits_cancelled,
        last_error
 FROM walproposer_status();

@@ -5,6 +5,8 @@
 //! * From there until the quorum has the commit, whatever would end the wait for it is put off
 //!   (`commit/signals.rs`): a cancel, a time-out, the session's termination. One that came before
 //!   is obeyed here, where the transaction can still be undone.
+//! * The worker is told that a commit record follows, so that it can push it while it is being
+//!   flushed here (`early_push.rs`).
 //! * The same for COMMIT PREPARED and ROLLBACK PREPARED. They are commands, and have no transaction
 //!   of their own that could be looked at when it commits; so they are caught as commands.
 //! * After it, before the client hears of it: the quorum must have it. Normally the server's own
@@ -213,6 +215,12 @@ fn before_wait(is_commit: bool) -> bool {
     signals::defer();
     // After this nothing is pending.
     check_for_interrupts!();
+    if is_commit
+        && settings::read_wal_buffers()
+        && let Some(hints) = shmem::commit_hints()
+    {
+        hints.give();
+    }
     true
 }
 

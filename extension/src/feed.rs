@@ -92,17 +92,11 @@ impl Feed {
         Ok(lsn)
     }
 
-    /// Copies WAL that [`Feed::available`] said is at hand; `false` if it is not.
-    pub fn copy(&self, lsn: Lsn, out: &mut [u8]) -> bool {
-        let Some((begin_lsn, wal)) = &self.chunk else {
-            return false;
-        };
-        let from = lsn
-            .0
-            .checked_sub(begin_lsn.0)
-            .and_then(|from| usize::try_from(from).ok());
-        let found = from.and_then(|from| wal.get(from..)?.get(..out.len()));
-        found.map(|found| out.copy_from_slice(found)).is_some()
+    /// WAL that [`Feed::available`] said is at hand; `None` if it is not.
+    pub fn wal(&self, lsn: Lsn, len: u32) -> Option<&[u8]> {
+        let (begin_lsn, wal) = self.chunk.as_ref()?;
+        let from = usize::try_from(lsn.0.checked_sub(begin_lsn.0)?).ok()?;
+        wal.get(from..)?.get(..len as usize)
     }
 
     fn fail(&mut self, reason: String, now_ms: u64) {

@@ -19,6 +19,8 @@
 //! | `commit` | what happens in a committing backend |
 //! | `read_only` | a deposed primary that only reads |
 //! | `stop` | sessions get their answers, and the shutdown checkpoint is on the quorum |
+//! | `wal_buffers` | WAL out of the server's shared buffers |
+//! | `early_push` | when WAL is pushed before it is flushed |
 //! | `shmem`, `status` | what backends may see of the worker, and the functions behind the views |
 //! | `local_log` | what the data directory says of the local log |
 //! | `wait_set` | what the worker sleeps on |
@@ -26,6 +28,7 @@
 //! | | |
 //! | `address`, `conninfo` | the two settings that are little languages |
 //! | `pgwire`, `connect`, `peer` | messages, a connection, one safekeeper's pipeline |
+//! | `local_wal` | WAL by position: from the buffers, or from files |
 //! | `wal_source` | WAL by position, from `pg_wal` |
 //! | `donor`, `feed` | WAL by position, from a safekeeper, and a member that needs it |
 //! | `compare`, `completion` | the local log against the donor's, and what it lacks of it |
@@ -41,12 +44,14 @@ mod completion;
 mod connect;
 mod conninfo;
 mod donor;
+mod early_push;
 mod feed;
 mod fetch_settings;
 mod gate;
 mod lag;
 mod local_history;
 mod local_log;
+mod local_wal;
 mod peer;
 mod pgwire;
 mod postgres;
@@ -62,6 +67,7 @@ mod status;
 mod stop;
 mod threads;
 mod wait_set;
+mod wal_buffers;
 mod wal_sender_slot;
 mod wal_source;
 mod worker;

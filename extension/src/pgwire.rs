@@ -20,7 +20,7 @@
 //! [`Outbox`] are the two halves of a connection, filled and drained by whoever owns the socket.
 
 use std::fmt;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 
 use safekeeper_protocol::codec::MESSAGE_LEN_MAX;
 
@@ -289,6 +289,38 @@ impl Outbox {
         Ok(())
     }
 
+    /// Sends a CopyData message whose payload is what `write` appends, and `rest` behind it; what the
+    /// stream does not take at once is kept. Only when nothing is kept.
+    pub fn send(
+        &mut self,
+        stream: &mut impl Write,
+        rest: &[u8],
+        write: impl FnOnce(&mut Vec<u8>),
+    ) -> io::Result<()> {
+        debug_assert!(self.is_empty(), "messages would overtake one another");
+        self.buffer.clear();
+        self.buffer.extend_from_slice(&[b'd', 0, 0, 0, 0]);
+        write(&mut self.buffer);
+        let word = len_word(self.buffer.len() - HEADER_LEN + rest.len());
+        self.buffer[1..HEADER_LEN].copy_from_slice(&word);
+        let parts = [IoSlice::new(&self.buffer), IoSlice::new(rest)];
+        let taken = loop {
+            match stream.write_vectored(&parts) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(taken) => break taken,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => break 0,
+                Err(error) => return Err(error),
+            }
+        };
+        self.sent = taken.min(self.buffer.len());
+        let of_rest = taken - self.sent;
+        if of_rest < rest.len() {
+            self.buffer.extend_from_slice(&rest[of_rest..]);
+        }
+        Ok(())
+    }
+
     /// Gives the socket as much as it takes; `true` if that was all.
     pub fn drain(&mut self, stream: &mut impl Write) -> io::Result<bool> {
         while !self.is_empty() {
@@ -472,5 +504,21 @@ mod tests {
             [message(b'd', b"abc"), message(b'd', b"")].concat()
         );
         assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn a_message_in_two_parts_arrives_whole_whatever_the_socket_takes() {
+        let wal: Vec<u8> = (0..=255).collect();
+        for piece in [1, 4, 7, 8, 9, 100, 1000] {
+            let mut outbox = Outbox::default();
+            let mut peer = peer(&[]);
+            peer.piece = piece;
+            let write = |out: &mut Vec<u8>| out.extend_from_slice(b"abc");
+            outbox.send(&mut peer, &wal, write).expect("open");
+            assert!(peer.heard.len() <= piece, "one call to the socket");
+            assert!(outbox.drain(&mut peer).expect("a peer that takes all"));
+            let payload = [b"abc", &wal[..]].concat();
+            assert_eq!(peer.heard, message(b'd', &payload), "piece {piece}");
+        }
     }
 }

@@ -168,6 +168,18 @@ pub fn flushed_lsn() -> Lsn {
     Lsn(unsafe { pg_sys::GetFlushRecPtr(std::ptr::null_mut()) })
 }
 
+/// End of the WAL that is written to files here, whether or not it is flushed.
+pub fn written_lsn() -> Lsn {
+    // SAFETY: reads shared memory that every process is attached to.
+    Lsn(unsafe { pg_sys::GetXLogWriteRecPtr() })
+}
+
+/// Where recovery would begin now, or, if a checkpoint is on its way, soon.
+pub fn redo_lsn() -> Lsn {
+    // SAFETY: reads shared memory that every process is attached to.
+    Lsn(unsafe { pg_sys::GetRedoRecPtr() })
+}
+
 /// Where the next record will begin: behind a page header, if the last one filled its page.
 pub fn insert_lsn() -> Lsn {
     // SAFETY: reads shared memory that every process is attached to.

@@ -79,12 +79,10 @@ unsafe extern "C-unwind" fn on_exit(_code: std::ffi::c_int, _arg: pg_sys::Datum)
 /// Until recovery is over.
 fn serve() {
     let (waker, wake_receiver) = worker::new_waker();
-    let mut wait_set = WaitSet::new(wake_receiver.fd());
+    let mut wait_set = WaitSet::new(wake_receiver);
     let mut attempt: Option<Attempt> = None;
-    let mut readable = Vec::new();
     loop {
         worker::reset_latch();
-        wake_receiver.clear();
         check_for_interrupts!();
         postgres::reload_if_asked();
         if stop::is_requested() {
@@ -101,7 +99,7 @@ fn serve() {
             }
             None => attempt = promotion::open_request().map(|it| Attempt::begin(it, &waker)),
             Some(running) => {
-                if let Some((outcome, reason)) = running.turn(&readable, is_over) {
+                if let Some((outcome, reason)) = running.turn(wait_set.ready(), is_over) {
                     attempt
                         .take()
                         .into_iter()
@@ -111,13 +109,13 @@ fn serve() {
                 }
             }
         }
-        readable = match &attempt {
+        match &attempt {
             Some(running) => {
                 let timeout_ms = running.pusher.idle_ms().min(POLL_MS);
-                wait_set.wait(&running.pusher.sockets(), timeout_ms)
+                wait_set.wait(running.pusher.sockets(), timeout_ms);
             }
-            None => wait_set.wait(&[], u64::MAX),
-        };
+            None => wait_set.wait(std::iter::empty(), u64::MAX),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //!                     ┌───────────── Proposer (safekeeper-protocol) ─────────────┐
 //!   messages ────────►│ on_message, on_tick            actions, next_append      │
 //!                     └───────────────────────────────────┬──────────────────────┘
-//!   Peer (socket) ◄── header + WAL ◄── WalSource (pg_wal) │ Commit ──► WalSenderSlot, shared memory
+//!   Peer (socket) ◄── header + WAL ◄── WalReader (here)   │ Commit ──► WalSenderSlot, shared memory
 //!                                  ◄── Feed (a donor)     │ PersistHistory ──► local history file
 //! ```
 //!
@@ -41,10 +41,12 @@ use safekeeper_wal::{WalFormat, canonical_end};
 
 use crate::compare::Comparison;
 use crate::connect::Dial;
+use crate::early_push::EarlyPush;
 use crate::feed::Feed;
 use crate::lag::Lag;
 use crate::local_history::LocalHistory;
 use crate::local_log::{load_local_history, load_timelines, unled_from, wal_format};
+use crate::local_wal::WalReader;
 use crate::peer::Peer;
 use crate::postgres;
 use crate::settings::Settings;
@@ -52,6 +54,7 @@ use crate::shmem::{self, Status};
 use crate::slot::Slot;
 use crate::threads::Waker;
 use crate::wait_set::Socket;
+use crate::wal_buffers::WalBuffers;
 use crate::wal_sender_slot::{Positions, WalSenderSlot};
 use crate::wal_source::WalSource;
 
@@ -62,9 +65,12 @@ pub use promotion::{PromotionStep, Replayed};
 pub struct Pusher {
     proposer: Proposer,
     members: Vec<Member>,
-    source: WalSource,
+    local_wal: WalReader<WalBuffers>,
+    early_push: EarlyPush,
     comparison: Option<Comparison>,
     actions: Vec<ProposerAction>,
+    /// Empty; its memory is used again.
+    spare_actions: Vec<ProposerAction>,
     /// What a standby has to do next to be promoted.
     promotion_step: Option<PromotionStep>,
     last_look: LastLook,
@@ -86,6 +92,9 @@ pub struct Pusher {
     is_streaming: bool,
     /// The last turn ended before all that could be sent was.
     more_to_send: bool,
+    /// WAL was sent, or a commit came, since the views were written.
+    wal_moved: bool,
+    published_ms: u64,
 
     slot: Option<Slot>,
     slot_name: std::ffi::CString,
@@ -182,12 +191,20 @@ impl Pusher {
             None => Proposer::new(proposer_settings, log, standing, 0),
         };
         let last_removed = postgres::last_removed_segno;
+        let files = WalSource::new(pg_wal, format, timelines, local_end_lsn, last_removed);
+        let buffers = match standing {
+            Standing::Running => attach_buffers(format),
+            _ => None,
+        };
+        let hint = shmem::commit_hints().map(|hints| hints.latest());
         Pusher {
             proposer,
             members: members(settings),
-            source: WalSource::new(pg_wal, format, timelines, local_end_lsn, last_removed),
+            local_wal: WalReader::new(buffers, files),
+            early_push: EarlyPush::new(hint.unwrap_or_default()),
             comparison: None,
             actions,
+            spare_actions: Vec::new(),
             promotion_step: None,
             last_look: LastLook::default(),
             greeting: ProposerGreeting {
@@ -203,6 +220,8 @@ impl Pusher {
             lag: Lag::default(),
             is_streaming: false,
             more_to_send: false,
+            wal_moved: false,
+            published_ms: 0,
             slot: None,
             slot_name: settings.slot_name.clone(),
             slot_obstacle: String::new(),
@@ -220,6 +239,7 @@ impl Pusher {
     /// Takes what has arrived on the sockets of `readable`, lets time pass, sends what can be sent,
     /// and publishes how things stand.
     pub fn turn(&mut self, readable: &[usize]) {
+        self.status.wakeups += 1;
         self.poll_dials();
         for &at in readable {
             self.receive(at);
@@ -233,11 +253,11 @@ impl Pusher {
         self.send_all();
         self.keep_slot();
         self.follow_reign();
-        self.publish();
+        self.publish_if_due();
     }
 
     /// The connections to wait on.
-    pub fn sockets(&self) -> Vec<Socket> {
+    pub fn sockets(&self) -> impl Iterator<Item = Socket> {
         let socket = |(peer, member): (usize, &Member)| {
             let (fd, wants_write) = member.peer.socket()?;
             let connection = member.peer.reconnects();
@@ -248,7 +268,12 @@ impl Pusher {
                 wants_write,
             })
         };
-        self.members.iter().enumerate().filter_map(socket).collect()
+        self.members.iter().enumerate().filter_map(socket)
+    }
+
+    /// WAL can be pushed before it is flushed.
+    pub fn has_buffers(&self) -> bool {
+        self.local_wal.buffers.is_some()
     }
 
     /// How long nothing will have to be done if nothing happens.
@@ -262,8 +287,14 @@ impl Pusher {
         };
         let feeds = self.members.iter().enumerate().filter(in_need);
         let feeds = feeds.map(|(_, member)| member.feed.next_attempt_ms());
-        let next_ms = dials.chain(feeds).fold(self.next_tick_ms(), u64::min);
-        next_ms.saturating_sub(self.now_ms())
+        let now_ms = self.now_ms();
+        let due = [
+            self.next_tick_ms(),
+            self.early_push.next_look_ms(now_ms),
+            self.publish_due_ms(),
+        ];
+        let next_ms = dials.chain(feeds).chain(due).fold(u64::MAX, u64::min);
+        next_ms.saturating_sub(now_ms)
     }
 
     fn next_tick_ms(&self) -> u64 {
@@ -290,11 +321,6 @@ impl Pusher {
         }
         self.obey_on_deposed();
     }
-
-    /// Local WAL can be sent up to here.
-    fn local_end_lsn(&self) -> Lsn {
-        self.standby_end_lsn.unwrap_or_else(postgres::flushed_lsn)
-    }
 }
 
 /// The local log as Postgres has it when a proposer begins.
@@ -317,6 +343,21 @@ fn members(settings: &Settings) -> Vec<Member> {
         lag: Lag::default(),
     };
     settings.safekeepers.iter().map(member).collect()
+}
+
+/// The server's WAL buffers, if they are where this version expects them.
+fn attach_buffers(format: WalFormat) -> Option<WalBuffers> {
+    let attached = WalBuffers::attach(format);
+    if let Err(reason) = &attached {
+        postgres::warning(
+            format!(
+                "WAL is pushed from files, after it is flushed, since this server's WAL buffers cannot be read: \
+                 {reason}"
+            ),
+            "Commits take longer, and are as safe. A later version of this extension may know this server.",
+        );
+    }
+    attached.ok()
 }
 
 /// Recovery has come to where the start has won its term, on the same timeline. If not, what it

@@ -29,6 +29,7 @@ static MAX_MEMBER_LAG: GucSetting<i32> = GucSetting::<i32>::new(1024);
 static SHUTDOWN_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(30);
 static START_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(0);
 static START_WITHOUT_QUORUM: GucSetting<bool> = GucSetting::<bool>::new(false);
+static READ_WAL_BUFFERS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static HOLD_CONNECTIONS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static HOLD_SUPERUSERS: GucSetting<bool> = GucSetting::<bool>::new(true);
 static MIN_SYNCHRONOUS_COMMIT: GucSetting<MinSynchronousCommit> =
@@ -123,6 +124,11 @@ pub fn start_timeout() -> Option<Duration> {
 
 pub fn start_without_quorum() -> bool {
     START_WITHOUT_QUORUM.get()
+}
+
+/// WAL is pushed from the server's buffers, before it is flushed.
+pub fn read_wal_buffers() -> bool {
+    READ_WAL_BUFFERS.get()
 }
 
 pub fn hold_connections() -> bool {
@@ -226,6 +232,14 @@ pub fn define() {
         c"What is written then confers no right to lead; it is for emergencies.",
         &START_WITHOUT_QUORUM,
         GucContext::Postmaster,
+        GucFlags::empty(),
+    );
+    GucRegistry::define_bool_guc(
+        c"walproposer.read_wal_buffers",
+        c"Pushes WAL out of the server's WAL buffers, while it is being flushed.",
+        c"Off: when it is flushed, from files.",
+        &READ_WAL_BUFFERS,
+        GucContext::Sighup,
         GucFlags::empty(),
     );
     GucRegistry::define_bool_guc(

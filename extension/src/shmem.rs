@@ -9,6 +9,7 @@
 //! | `read_only` | worker | every statement |
 //! | the won term | postmaster, before recovery; promoter; worker, at a stop | the worker, the last sender, once |
 //! | [`Board`] | sessions that ask for a promotion; promoter | each other, under the lock |
+//! | `hints` | backends that are about to commit | the worker |
 //! | `stop` | see `stop/shared.rs` | |
 //! | [`Status`] | worker, under a lock, before it goes to sleep | the views |
 //!
@@ -22,6 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize
 use pgrx::{pg_guard, pg_sys};
 use safekeeper_protocol::{Configuration, Lsn, WonTerm};
 
+use crate::early_push::CommitHints;
 use crate::promotion::Board;
 use crate::start;
 use crate::stop::StopShared;
@@ -86,8 +88,11 @@ pub struct Status {
     pub members_active: u32,
     /// Postgres's timestamp; 0 if never elected.
     pub elected_at: pg_sys::TimestampTz,
+    pub bytes_from_buffers: u64,
     pub bytes_from_files: u64,
     pub bytes_from_donor: u64,
+    /// Turns of the worker's loop.
+    pub wakeups: u64,
     pub last_error: Text<512>,
     pub n_peers: usize,
     pub peers: [MemberStatus; Configuration::MEMBERS_MAX],
@@ -104,8 +109,10 @@ impl Status {
         members_configured: 0,
         members_active: 0,
         elected_at: 0,
+        bytes_from_buffers: 0,
         bytes_from_files: 0,
         bytes_from_donor: 0,
+        wakeups: 0,
         last_error: Text::EMPTY,
         n_peers: 0,
         peers: [MemberStatus {
@@ -129,6 +136,7 @@ struct Shared {
     commit_lsn: AtomicU64,
     waits_cancelled: AtomicU64,
     wal_senders: AtomicI32,
+    hints: CommitHints,
     stop: StopShared,
     commit_moved: UnsafeCell<pg_sys::ConditionVariable>,
     gate: AtomicU64,
@@ -313,6 +321,10 @@ pub fn wait_for_gate() {
         }
         pg_sys::ConditionVariableCancelSleep();
     }
+}
+
+pub fn commit_hints() -> Option<&'static CommitHints> {
+    shared().map(|shared| &shared.hints)
 }
 
 pub fn stop() -> Option<&'static StopShared> {

@@ -9,6 +9,8 @@ use std::os::fd::RawFd;
 
 use pgrx::pg_sys;
 
+use crate::threads::WakeReceiver;
+
 /// A connection to wait on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Socket {
@@ -23,29 +25,44 @@ pub struct Socket {
 
 pub struct WaitSet {
     set: *mut pg_sys::WaitEventSet,
-    wake_fd: RawFd,
+    wake_receiver: WakeReceiver,
+    wake_position: i32,
     /// The sockets in the set, with the event's position there.
     sockets: Vec<(Socket, i32)>,
     events: Vec<pg_sys::WaitEvent>,
+    /// Peers whose sockets could be read or written when the last wait ended.
+    ready: Vec<usize>,
+    /// What is asked for; kept for its memory.
+    wanted: Vec<Socket>,
 }
 
 /// The latch, the postmaster's death, the wake-up socket.
 const OTHER_EVENTS: usize = 3;
 
 impl WaitSet {
-    pub fn new(wake_fd: RawFd) -> WaitSet {
+    pub fn new(wake_receiver: WakeReceiver) -> WaitSet {
         WaitSet {
             set: std::ptr::null_mut(),
-            wake_fd,
+            wake_receiver,
+            wake_position: -1,
             sockets: Vec::new(),
             events: Vec::new(),
+            ready: Vec::new(),
+            wanted: Vec::new(),
         }
     }
 
-    /// Sleeps until something happens or `timeout_ms` are over; returns the peers whose sockets can
-    /// be read or written. Ends the process if the postmaster is dead.
-    pub fn wait(&mut self, sockets: &[Socket], timeout_ms: u64) -> Vec<usize> {
-        self.update(sockets);
+    /// The peers whose sockets could be read or written when the last wait ended.
+    pub fn ready(&self) -> &[usize] {
+        &self.ready
+    }
+
+    /// Sleeps until something happens or `timeout_ms` are over. Ends the process if the postmaster
+    /// is dead.
+    pub fn wait(&mut self, sockets: impl Iterator<Item = Socket>, timeout_ms: u64) {
+        self.wanted.clear();
+        self.wanted.extend(sockets);
+        self.update();
         let timeout = i64::try_from(timeout_ms)
             .unwrap_or(i64::MAX)
             .min(i32::MAX.into());
@@ -61,6 +78,10 @@ impl WaitSet {
             )
         };
         let occurred = &self.events[..usize::try_from(count).unwrap_or(0)];
+        // Before anybody looks at what the threads have said: so nothing of it is missed.
+        if occurred.iter().any(|it| it.pos == self.wake_position) {
+            self.wake_receiver.clear();
+        }
         let peer_of = |event: &pg_sys::WaitEvent| {
             let found = self
                 .sockets
@@ -68,23 +89,24 @@ impl WaitSet {
                 .find(|(_, position)| *position == event.pos);
             found.map(|(socket, _)| socket.peer)
         };
-        occurred.iter().filter_map(peer_of).collect()
+        self.ready.clear();
+        self.ready.extend(occurred.iter().filter_map(peer_of));
     }
 
-    fn update(&mut self, sockets: &[Socket]) {
-        let same = self.sockets.len() == sockets.len()
+    fn update(&mut self) {
+        let same = self.sockets.len() == self.wanted.len()
             && self
                 .sockets
                 .iter()
-                .zip(sockets)
+                .zip(&self.wanted)
                 .all(|((known, _), socket)| {
                     (known.peer, known.connection, known.fd)
                         == (socket.peer, socket.connection, socket.fd)
                 });
         if self.set.is_null() || !same {
-            return self.rebuild(sockets);
+            return self.rebuild();
         }
-        for ((known, position), socket) in self.sockets.iter_mut().zip(sockets) {
+        for ((known, position), socket) in self.sockets.iter_mut().zip(&self.wanted) {
             if known.wants_write != socket.wants_write {
                 known.wants_write = socket.wants_write;
                 // SAFETY: the position is one that this set has given.
@@ -100,8 +122,8 @@ impl WaitSet {
         }
     }
 
-    fn rebuild(&mut self, sockets: &[Socket]) {
-        let size = OTHER_EVENTS + sockets.len();
+    fn rebuild(&mut self) {
+        let size = OTHER_EVENTS + self.wanted.len();
         let none = pg_sys::PGINVALID_SOCKET;
         self.free();
         // SAFETY: the set lives in the longest-lived context and is freed by us; all descriptors
@@ -110,14 +132,15 @@ impl WaitSet {
             self.set = create(i32::try_from(size).expect("at most a few dozen"));
             self.add(pg_sys::WL_LATCH_SET, none, pg_sys::MyLatch);
             self.add(pg_sys::WL_EXIT_ON_PM_DEATH, none, std::ptr::null_mut());
-            self.add(
+            self.wake_position = self.add(
                 pg_sys::WL_SOCKET_READABLE,
-                self.wake_fd,
+                self.wake_receiver.fd(),
                 std::ptr::null_mut(),
             );
-            for socket in sockets {
-                let position = self.add(socket_events(socket), socket.fd, std::ptr::null_mut());
-                self.sockets.push((*socket, position));
+            for at in 0..self.wanted.len() {
+                let socket = self.wanted[at];
+                let position = self.add(socket_events(&socket), socket.fd, std::ptr::null_mut());
+                self.sockets.push((socket, position));
             }
         }
         self.events.resize(size, pg_sys::WaitEvent::default());

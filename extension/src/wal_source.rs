@@ -1,9 +1,9 @@
-//! WAL by position: the one place the worker reads it from.
+//! WAL by position, from the files of `pg_wal`.
 //!
 //! ```text
-//!             oldest in pg_wal                       flushed
+//!             oldest in pg_wal                       written
 //!   ──────────────┬──────────────────────────────────────┬────────►  LSN
-//!    from a donor │  from the files of pg_wal, here      │  not yet
+//!    from a donor │  from the files of pg_wal, here      │  in the server's buffers (local_wal.rs)
 //! ```
 //!
 //! Postgres removes and *recycles* old segments while we read: a recycled file gets a new name and
@@ -20,7 +20,7 @@
 //! Safekeepers refuse such bytes, rightly. So a segment that may stem from before the server's last
 //! start is decoded once when it is opened, and what should be zeros is read as zeros.
 //!
-//! A caller never asks beyond the flushed end. Postgres is not called from here: where the last
+//! A caller never asks beyond the written end. Postgres is not called from here: where the last
 //! removed segment is known, it is asked through a function that is given.
 
 use std::fs::File;
@@ -247,14 +247,14 @@ impl WalSource {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use safekeeper_wal::PgVersion;
     use safekeeper_wal::synthetic::WalBuilder;
     use std::cell::Cell;
 
     const SIZE: SegmentSize = SegmentSize::MIN;
-    const BYTES: u64 = 1 << 20;
+    pub const BYTES: u64 = 1 << 20;
     const FORMAT: WalFormat = WalFormat {
         version: PgVersion::V15,
         segment_size: SIZE,
@@ -266,7 +266,7 @@ mod tests {
     }
 
     /// `pg_wal` with segments `(tli, segno)`, each filled with a byte of its own.
-    fn pg_wal(segments: &[(u32, u64, u8)]) -> tempfile::TempDir {
+    pub fn pg_wal(segments: &[(u32, u64, u8)]) -> tempfile::TempDir {
         let dir = tempfile::tempdir().expect("a directory");
         for &(tli, segno, byte) in segments {
             let path = dir.path().join(segment_file_name(tli, segno, SIZE));
@@ -275,7 +275,7 @@ mod tests {
         dir
     }
 
-    fn source(dir: &tempfile::TempDir, timelines: TimelineHistory) -> WalSource {
+    pub fn source(dir: &tempfile::TempDir, timelines: TimelineHistory) -> WalSource {
         restarted_source(dir, timelines, Lsn(0))
     }
 

@@ -1,7 +1,7 @@
 //! The background worker: one process, whose main thread is the only one that calls Postgres.
 //!
 //! ```text
-//!   take a WAL sender slot ──► turn ──► sleep until: latch (WAL was flushed, a signal),
+//!   take a WAL sender slot ──► turn ──► sleep until: latch (a commit, a flush, a signal),
 //!     (wait for a free one)     ▲        a socket, a thread, the next time-out
 //!                               └──────────┘
 //! ```
@@ -84,20 +84,21 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
     };
     let (waker, wake_receiver) = new_waker();
     promoter::await_end();
-    let mut wait_set = WaitSet::new(wake_receiver.fd());
+    let mut wait_set = WaitSet::new(wake_receiver);
     let mut line = Line::new(waker.clone());
     let mut pusher = Pusher::new(&settings, Some(wal_sender), waker);
     let mut stopping: Option<Stopping> = None;
-    let mut readable = Vec::new();
+    if let Some(hints) = shmem::commit_hints().filter(|_| pusher.has_buffers()) {
+        hints.listen();
+    }
     loop {
         // Before looking at anything: what happens from here on wakes us.
         reset_latch();
-        wake_receiver.clear();
         check_for_interrupts!();
         if postgres::reload_if_asked() {
             pusher.on_reload();
         }
-        pusher.turn(&readable);
+        pusher.turn(wait_set.ready());
         if stop::is_requested() {
             let stopping = stopping.get_or_insert_with(|| Stopping::begin(&mut pusher));
             if stopping.may_end(&pusher) {
@@ -112,13 +113,16 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
         } else {
             line.idle_ms(wants_last_sender)
         };
-        readable = wait_set.wait(&pusher.sockets(), pusher.idle_ms().min(limit));
+        wait_set.wait(pusher.sockets(), pusher.idle_ms().min(limit));
     }
 }
 
 /// The views must not go on telling of a reign that nobody exercises.
 #[pg_guard]
 unsafe extern "C-unwind" fn on_exit(_code: c_int, _arg: pg_sys::Datum) {
+    if let Some(hints) = shmem::commit_hints() {
+        hints.ignore();
+    }
     shmem::publish_stopped();
     stop::leave();
 }

@@ -18,9 +18,12 @@ use crate::{postgres, shmem};
 impl Pusher {
     pub(super) fn carry_out(&mut self) {
         while !self.actions.is_empty() {
-            for action in std::mem::take(&mut self.actions) {
+            let spare = std::mem::take(&mut self.spare_actions);
+            let mut actions = std::mem::replace(&mut self.actions, spare);
+            for action in actions.drain(..) {
                 self.carry_out_one(action);
             }
+            self.spare_actions = actions;
         }
     }
 
@@ -69,8 +72,7 @@ impl Pusher {
                 postgres::log(format!(
                     "elected in term {term}, which begins at {start_lsn}"
                 ));
-                // Whatever sessions could see by now was recovered, and lies below. Only what is
-                // flushed is pushed.
+                // Whatever sessions could see by now was recovered, and lies below.
                 postgres::flush_wal(postgres::insert_lsn());
                 let end_lsn = canonical_end(postgres::insert_lsn(), self.format.segment_size);
                 if shmem::set_gate(end_lsn) {
@@ -99,6 +101,7 @@ impl Pusher {
         }
         let now = self.started.elapsed();
         self.lag.acknowledged(commit_lsn, now);
+        self.wal_moved = true;
         // Backends look here when their wait ends: so this comes first.
         shmem::set_commit_lsn(commit_lsn);
         self.positions.commit_lsn = commit_lsn;
@@ -148,10 +151,10 @@ impl Pusher {
 
     fn begin_comparison(&mut self, stretch: Stretch) {
         let end_lsn = stretch.end_lsn;
-        if self.local_end_lsn() < end_lsn && self.standby_end_lsn.is_none() {
+        if self.standby_end_lsn.is_none() && postgres::flushed_lsn() < end_lsn {
             postgres::flush_wal(end_lsn);
         }
-        let begun = Comparison::begin(stretch, &self.source, self.waker.clone(), |part| {
+        let begun = Comparison::begin(stretch, &self.local_wal.files, self.waker.clone(), |part| {
             self.donor_request(part.donor, part.term, part.begin_lsn, part.end_lsn)
         });
         match begun {
@@ -165,7 +168,7 @@ impl Pusher {
             return;
         };
         let stretch = comparison.stretch;
-        match comparison.poll(&mut self.source) {
+        match comparison.poll(&mut self.local_wal.files) {
             ComparisonEvent::Nothing => {}
             ComparisonEvent::Ended(outcome) => self.end_comparison(outcome),
             ComparisonEvent::Removed { oldest_lsn } => self.begin_comparison(Stretch {

@@ -1,28 +1,67 @@
-//! Sends to each member what it can take: WAL from `pg_wal`, or from a donor where that has left
-//! it; heartbeats; news of commits.
+//! Sends to each member what it can take: WAL from here, or from a donor where that has left
+//! `pg_wal`; heartbeats; news of commits.
+//!
+//! WAL goes out before it is flushed here, as soon as it is worth a message (`early_push.rs`): the
+//! members flush it at the same time as this server does. What is flushed goes out in any case.
 
 use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
+use safekeeper_wal::canonical_end;
 
 use super::{Member, Pusher, thread_panicked};
 use crate::feed::FeedPanicked;
-use crate::wal_source::WalRead;
+use crate::local_wal::Origins;
+use crate::{postgres, settings, shmem};
 
 /// Appends for one member in one turn, so that a member that catches up does not hold up the
 /// others' commits: 4 MiB take about a millisecond to copy.
 const APPENDS_PER_TURN: usize = 4;
 
+/// Where a member's next WAL is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Here,
+    Donor,
+}
+
 impl Pusher {
     pub(super) fn send_all(&mut self) {
         self.more_to_send = false;
-        let local_end_lsn = self.local_end_lsn();
+        let local = self.sendable();
         for at in 0..self.members.len() {
-            if let Err(reason) = self.send(at, local_end_lsn) {
+            if let Err(reason) = self.send(at, local) {
                 self.close(at, &reason);
             }
         }
     }
 
-    fn send(&mut self, at: usize, local_end_lsn: Lsn) -> Result<(), String> {
+    /// How far WAL is to be sent now. What was pushed early stays sent.
+    fn sendable(&mut self) -> LocalWal {
+        if let Some(end_lsn) = self.standby_end_lsn {
+            return LocalWal {
+                end_lsn,
+                flush_lsn: end_lsn,
+            };
+        }
+        let flush_lsn = postgres::flushed_lsn();
+        let mut end_lsn = flush_lsn.max(self.positions.sent_lsn);
+        if let (Some(hints), Some(buffers)) = (shmem::commit_hints(), &self.local_wal.buffers)
+            && settings::read_wal_buffers()
+            && self.proposer.is_leading()
+        {
+            let now_ms = super::millis(self.started.elapsed());
+            let segment_size = self.format.segment_size;
+            let insert_lsn = || canonical_end(postgres::insert_lsn(), segment_size);
+            if self
+                .early_push
+                .is_due(hints.latest(), end_lsn, now_ms, insert_lsn)
+            {
+                end_lsn = end_lsn.max(buffers.inserted_lsn());
+            }
+        }
+        LocalWal { end_lsn, flush_lsn }
+    }
+
+    fn send(&mut self, at: usize, local: LocalWal) -> Result<(), String> {
         let peer = PeerIdx(at);
         for _ in 0..APPENDS_PER_TURN {
             self.members[at]
@@ -35,37 +74,31 @@ impl Pusher {
             let Some(next_lsn) = self.proposer.next_lsn(peer) else {
                 return Ok(());
             };
-            let (end_lsn, from_files) = self.at_hand(at, next_lsn, local_end_lsn)?;
+            let (end_lsn, place) = self.at_hand(at, next_lsn, local.end_lsn)?;
             let now_ms = self.now_ms();
-            let wal = LocalWal {
-                end_lsn,
-                flush_lsn: local_end_lsn,
-            };
-            let Some(append) = self.proposer.next_append(peer, wal, now_ms) else {
+            let at_hand = LocalWal { end_lsn, ..local };
+            let Some(append) = self.proposer.next_append(peer, at_hand, now_ms) else {
                 return Ok(());
             };
-            self.send_append(at, &append, from_files)?;
+            self.send_append(at, &append, place)?;
         }
         self.more_to_send = true;
-        self.members[at]
-            .peer
-            .flush()
-            .map_err(|error| error.to_string())
+        Ok(())
     }
 
-    /// End of the WAL from `lsn` on that can be sent now, and whether it is in `pg_wal`.
-    fn at_hand(&mut self, at: usize, lsn: Lsn, local_end_lsn: Lsn) -> Result<(Lsn, bool), String> {
+    /// End of the WAL from `lsn` on that can be sent now, and where it is.
+    fn at_hand(&mut self, at: usize, lsn: Lsn, end_lsn: Lsn) -> Result<(Lsn, Place), String> {
         // A standby brings the members to the start of its term, beyond the end of its own log.
         let wanted_lsn = match self.standby_end_lsn {
             Some(_) => self.proposer.term_start_lsn(),
-            None => local_end_lsn,
+            None => end_lsn,
         };
         if lsn >= wanted_lsn {
-            return Ok((lsn, true));
+            return Ok((lsn, Place::Here));
         }
-        if lsn < local_end_lsn && self.source.has(lsn).map_err(|error| error.to_string())? {
+        if lsn < end_lsn && self.local_wal.has(lsn)? {
             self.members[at].feed.stop();
-            return Ok((local_end_lsn, true));
+            return Ok((end_lsn, Place::Here));
         }
         let now_ms = self.now_ms();
         let mut feed = std::mem::take(&mut self.members[at].feed);
@@ -79,45 +112,35 @@ impl Pusher {
         });
         self.members[at].feed = feed;
         match available {
-            Ok(end_lsn) => Ok((end_lsn, false)),
+            Ok(end_lsn) => Ok((end_lsn, Place::Donor)),
             Err(FeedPanicked(text)) => thread_panicked(&text),
         }
     }
 
-    fn send_append(&mut self, at: usize, append: &Append, from_files: bool) -> Result<(), String> {
+    fn send_append(&mut self, at: usize, append: &Append, place: Place) -> Result<(), String> {
         let Member { peer, feed, lag } = &mut self.members[at];
-        let source = &mut self.source;
-        peer.send_append(append, |wal| {
+        let Append { begin_lsn, len, .. } = *append;
+        let (wal, origins) = match place {
             // A heartbeat: nothing need be at hand.
-            if wal.is_empty() {
-                return Ok(());
+            _ if len == 0 => (&[][..], Origins::default()),
+            Place::Here => self.local_wal.read(begin_lsn, len)?,
+            Place::Donor => {
+                let wal = feed.wal(begin_lsn, len);
+                let wal = wal.ok_or("WAL from a donor is not at hand")?;
+                self.status.bytes_from_donor += u64::from(len);
+                (wal, Origins::default())
             }
-            if !from_files {
-                let copied = feed.copy(append.begin_lsn, wal);
-                return copied
-                    .then_some(())
-                    .ok_or("WAL from a donor is not at hand".to_owned());
-            }
-            match source.read(append.begin_lsn, wal) {
-                Ok(WalRead::Filled) => Ok(()),
-                Ok(WalRead::Gone) => Err(format!(
-                    "WAL from {} on was removed meanwhile",
-                    append.begin_lsn
-                )),
-                Err(error) => Err(error.to_string()),
-            }
-        })?;
-        let len = u64::from(append.len);
+        };
+        peer.send_append(append, wal)
+            .map_err(|error| error.to_string())?;
         if len > 0 {
-            let (end_lsn, now) = (append.begin_lsn + len, self.started.elapsed());
+            let (end_lsn, now) = (begin_lsn + u64::from(len), self.started.elapsed());
             lag.sent(end_lsn, now);
             self.lag.sent(end_lsn, now);
             self.positions.sent_lsn = self.positions.sent_lsn.max(end_lsn);
-            let counter = match from_files {
-                true => &mut self.status.bytes_from_files,
-                false => &mut self.status.bytes_from_donor,
-            };
-            *counter += len;
+            self.status.bytes_from_buffers += origins.buffers;
+            self.status.bytes_from_files += origins.files;
+            self.wal_moved = true;
         }
         Ok(())
     }

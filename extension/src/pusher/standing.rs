@@ -8,6 +8,8 @@ use crate::{postgres, settings, shmem};
 
 /// The replication slot is moved, or tried for, this often at most.
 const SLOT_PAUSE_MS: u64 = 1000;
+/// The views are written this often at most while WAL flows.
+const PUBLISH_PAUSE_MS: u64 = 10;
 
 impl Pusher {
     pub(super) fn keep_slot(&mut self) {
@@ -49,7 +51,24 @@ impl Pusher {
         }
     }
 
-    pub(super) fn publish(&mut self) {
+    /// While WAL flows, not at every turn: what the views show may be that much older.
+    pub(super) fn publish_if_due(&mut self) {
+        if self.now_ms() >= self.publish_due_ms() || !self.wal_moved {
+            self.publish();
+        }
+    }
+
+    /// When what was left out is to be made up for.
+    pub(super) fn publish_due_ms(&self) -> u64 {
+        match self.wal_moved {
+            true => self.published_ms + PUBLISH_PAUSE_MS,
+            false => u64::MAX,
+        }
+    }
+
+    fn publish(&mut self) {
+        self.published_ms = self.now_ms();
+        self.wal_moved = false;
         let proposer = &self.proposer;
         let status = &mut *self.status;
         let configuration = proposer.configuration();

@@ -210,13 +210,11 @@ struct NotSent {
 fn send_up_to(end_lsn: Lsn, time: Duration) -> Result<(), NotSent> {
     let (waker, wake_receiver) = new_waker();
     let mut pusher = Pusher::new(&settings(), None, waker);
-    let mut wait_set = WaitSet::new(wake_receiver.fd());
-    let mut readable = Vec::new();
+    let mut wait_set = WaitSet::new(wake_receiver);
     let mut deadline = Instant::now() + time;
     let mut is_committed = false;
     loop {
         reset_latch();
-        wake_receiver.clear();
         check_for_interrupts!();
         let not_sent = |reason| NotSent {
             commit_lsn: shmem::commit_lsn(),
@@ -225,7 +223,7 @@ fn send_up_to(end_lsn: Lsn, time: Duration) -> Result<(), NotSent> {
         if !pusher.is_leading() {
             return Err(not_sent("this server does not lead"));
         }
-        pusher.turn(&readable);
+        pusher.turn(wait_set.ready());
         let now = Instant::now();
         if !is_committed && pusher.commit_lsn() >= end_lsn {
             is_committed = true;
@@ -239,7 +237,7 @@ fn send_up_to(end_lsn: Lsn, time: Duration) -> Result<(), NotSent> {
             return Err(not_sent("walproposer.shutdown_timeout is over"));
         }
         let rest = u64::try_from((deadline - now).as_millis()).unwrap_or(u64::MAX) + 1;
-        readable = wait_set.wait(&pusher.sockets(), pusher.idle_ms().min(rest));
+        wait_set.wait(pusher.sockets(), pusher.idle_ms().min(rest));
     }
 }
 

@@ -1,0 +1,222 @@
+//! When WAL is pushed before it is flushed: hints of committing backends, and what the worker makes
+//! of them.
+//!
+//! ```text
+//!   backend   hint ─── inserts commit record ─── flushes ──────────────► waits for the quorum
+//!                │                │
+//!   worker       └─ wakes ─ spins ┴─ pushes ─────── members flush ─ answer ─► releases it
+//! ```
+//!
+//! The server wakes WAL senders when WAL was flushed. To be earlier, the worker must be told by the
+//! backend, in the last place where an extension is called before the commit record: a little too
+//! early. What is sent then would go without the record, and a second message would be needed. So the
+//! worker looks until a record has come, for as long as has paid off lately, and leaves the processor
+//! to others between two looks. If none comes, the server's own wake-up is soon enough.
+//!
+//! WAL that is not waited for flows too: when much of it has gathered, it is pushed as it is found,
+//! and looked for every few milliseconds while it flows. When nothing is written, nobody looks.
+
+use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys;
+use safekeeper_protocol::Lsn;
+
+use crate::postgres;
+
+/// In shared memory; all zeroes at first.
+#[repr(C)]
+pub struct CommitHints {
+    count: AtomicU64,
+    /// The highest that was given.
+    lsn: AtomicU64,
+    /// The worker's, while it listens.
+    latch: AtomicPtr<pg_sys::Latch>,
+}
+
+/// What was said last.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Hint {
+    /// Hints since the server started.
+    pub count: u64,
+    /// A commit record follows behind this position.
+    pub lsn: Lsn,
+}
+
+impl CommitHints {
+    /// A commit record is about to be inserted. By the backend that does it.
+    pub fn give(&self) {
+        let latch = self.latch.load(Ordering::Acquire);
+        if latch.is_null() {
+            return;
+        }
+        self.lsn
+            .fetch_max(postgres::insert_lsn().0, Ordering::Relaxed);
+        self.count.fetch_add(1, Ordering::Release);
+        // SAFETY: a latch in the array of the server's processes, which is never freed. If it is
+        // another process's by now, that one wakes up once for nothing.
+        unsafe { pg_sys::SetLatch(latch) };
+    }
+
+    /// From here on hints wake this process.
+    pub fn listen(&self) {
+        // SAFETY: our own latch; where it is does not change.
+        self.latch
+            .store(unsafe { pg_sys::MyLatch }, Ordering::Release);
+    }
+
+    pub fn ignore(&self) {
+        self.latch.store(std::ptr::null_mut(), Ordering::Release);
+    }
+
+    pub fn latest(&self) -> Hint {
+        let count = self.count.load(Ordering::Acquire);
+        let lsn = Lsn(self.lsn.load(Ordering::Relaxed));
+        Hint { count, lsn }
+    }
+}
+
+/// The worker's side.
+pub struct EarlyPush {
+    /// Hints that were acted upon.
+    seen: u64,
+    patience: Patience,
+    /// WAL flows: look for it until then.
+    flows_until_ms: u64,
+}
+
+/// So much makes it worth pushing WAL for which nobody waits: a message that costs little for what it
+/// carries.
+const BULK: u64 = 128 * 1024;
+/// While it flows, it is looked for so often.
+const POLL_MS: u64 = 2;
+/// When nothing has come for so long, it has ceased to flow.
+const FLOWS_FOR_MS: u64 = 20;
+
+impl EarlyPush {
+    pub fn new(hint: Hint) -> EarlyPush {
+        EarlyPush {
+            seen: hint.count,
+            patience: Patience::new(),
+            flows_until_ms: 0,
+        }
+    }
+
+    /// Is WAL to be pushed now that may not be flushed yet? `sent_lsn` is how far it has been;
+    /// `insert_lsn` asks how far it has come.
+    pub fn is_due(
+        &mut self,
+        hint: Hint,
+        sent_lsn: Lsn,
+        now_ms: u64,
+        insert_lsn: impl Fn() -> Lsn,
+    ) -> bool {
+        let gathered = insert_lsn().saturating_distance_from(sent_lsn);
+        if gathered >= BULK {
+            self.seen = hint.count;
+            self.flows_until_ms = now_ms + FLOWS_FOR_MS;
+            return true;
+        }
+        if hint.count == self.seen {
+            return false;
+        }
+        self.seen = hint.count;
+        self.patience.spin_until(|| insert_lsn() > hint.lsn)
+    }
+
+    /// When to look again though nobody calls.
+    pub fn next_look_ms(&self, now_ms: u64) -> u64 {
+        match now_ms < self.flows_until_ms {
+            true => now_ms + POLL_MS,
+            false => u64::MAX,
+        }
+    }
+}
+
+/// How long a look may last: what pays off.
+struct Patience {
+    limit: Duration,
+}
+
+impl Patience {
+    const MAX: Duration = Duration::from_micros(100);
+    /// Longer after a look in which the record has come, half as long after one in vain.
+    const STEP: Duration = Duration::from_micros(10);
+
+    fn new() -> Patience {
+        Patience {
+            limit: Patience::MAX,
+        }
+    }
+
+    /// Looks at least once. Other processes run between two looks, or the record would come late on a
+    /// machine with few processors.
+    fn spin_until(&mut self, has_come: impl Fn() -> bool) -> bool {
+        if has_come() {
+            return true;
+        }
+        let began = Instant::now();
+        while began.elapsed() < self.limit {
+            std::thread::yield_now();
+            if has_come() {
+                self.limit = (self.limit + Patience::STEP).min(Patience::MAX);
+                return true;
+            }
+        }
+        self.limit = (self.limit / 2).max(Patience::STEP);
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    const NOTHING: Hint = Hint {
+        count: 7,
+        lsn: Lsn(1000),
+    };
+
+    #[test]
+    fn wal_that_nobody_waits_for_is_pushed_when_much_has_gathered() {
+        let mut early = EarlyPush::new(NOTHING);
+        assert!(!early.is_due(NOTHING, Lsn(1000), 0, || Lsn(1000 + BULK - 1)));
+        assert_eq!(early.next_look_ms(0), u64::MAX);
+        assert!(early.is_due(NOTHING, Lsn(1000), 5, || Lsn(1000 + BULK)));
+        assert_eq!(early.next_look_ms(6), 6 + POLL_MS);
+        assert_eq!(early.next_look_ms(5 + FLOWS_FOR_MS), u64::MAX);
+    }
+
+    #[test]
+    fn a_hint_counts_once_and_when_its_record_has_come() {
+        let mut early = EarlyPush::new(NOTHING);
+        let hint = Hint {
+            count: 8,
+            lsn: Lsn(2000),
+        };
+        assert!(early.is_due(hint, Lsn(1000), 0, || Lsn(2001)));
+        assert!(!early.is_due(hint, Lsn(2001), 0, || Lsn(2001)));
+        let late = Hint { count: 9, ..hint };
+        assert!(!early.is_due(late, Lsn(2000), 0, || Lsn(2000)));
+        assert!(!early.is_due(late, Lsn(2000), 0, || Lsn(2001)), "given up");
+    }
+
+    #[test]
+    fn patience_grows_when_it_pays_off_and_shrinks_when_not() {
+        let mut patience = Patience::new();
+        for _ in 0..20 {
+            assert!(!patience.spin_until(|| false));
+        }
+        assert_eq!(patience.limit, Patience::STEP);
+        // Not there at the first look, there at the second.
+        let looks = Cell::new(0);
+        let second = || looks.replace(looks.get() + 1) == 1;
+        for _ in 0..20 {
+            looks.set(0);
+            patience.limit = patience.limit.max(Duration::from_micros(50));
+            assert!(patience.spin_until(second));
+        }
+        assert_eq!(patience.limit, Patience::MAX);
+    }
+}
