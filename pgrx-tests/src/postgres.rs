@@ -5,7 +5,8 @@
 //! the whole tree, as when a host loses its power.
 
 use std::fmt::Write as _;
-use std::fs;
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -133,6 +134,21 @@ impl Postgres {
     /// What `host` is in a connection string.
     pub fn socket_dir(&self) -> &Path {
         &self.sockets
+    }
+
+    /// A disk that lied, or was never asked to flush: this WAL, of timeline 1, is zeros now.
+    pub fn lose_wal(&self, begin: Lsn, end: Lsn) {
+        let size = 16 << 20;
+        for segno in begin.0 / size..=(end.0 - 1) / size {
+            let name = format!("{:08X}{:08X}{:08X}", 1, segno / 256, segno % 256);
+            let from = begin.0.max(segno * size) - segno * size;
+            let to = end.0.min((segno + 1) * size) - segno * size;
+            let file = OpenOptions::new().write(true).open(self.wal_dir().join(&name));
+            let file = file.unwrap_or_else(|e| panic!("{name}: {e}"));
+            file.write_all_at(&vec![0; (to - from) as usize], from)
+                .expect("written");
+            file.sync_all().expect("fsynced");
+        }
     }
 
     /// Adds lines to postgresql.conf; a later line for the same name wins. In effect from the

@@ -1,8 +1,7 @@
 //! A primary starts: after a crash, with WAL that its disk has lost, without a quorum, after another
 //! one has reigned. (design §7.1)
 
-use std::fs::{self, OpenOptions};
-use std::os::unix::fs::FileExt;
+use std::fs;
 use std::time::Duration;
 
 use cluster_tests::poll::{SOON, never_within, wait_until};
@@ -35,7 +34,7 @@ fn wal_that_the_local_disk_lost_is_fetched_from_the_safekeepers() {
         }
         let end = cluster.wait_all_caught_up(SOON);
         cluster.primary.kill9();
-        zero_wal(&cluster.primary, Lsn(end.0 - lost), end);
+        cluster.primary.lose_wal(Lsn(end.0 - lost), end);
         cluster.primary.start();
         let log = cluster.primary.log_since_start();
         assert!(
@@ -327,21 +326,4 @@ fn after_the_loss_of_all_safekeepers_new_ones_are_made() {
     cluster.primary.sql("insert into t values (1)");
     let end = cluster.wait_all_caught_up(SOON);
     cluster.assert_wal_equal(end);
-}
-
-/// Zeroes `begin..end` of `pg_wal`, as a disk cache that was lost.
-fn zero_wal(postgres: &Postgres, begin: Lsn, end: Lsn) {
-    let size = 16 << 20;
-    for segno in begin.0 / size..=(end.0 - 1) / size {
-        let name = format!("{:08X}{:08X}{:08X}", 1, segno / 256, segno % 256);
-        let path = postgres.wal_dir().join(&name);
-        let from = begin.0.max(segno * size) - segno * size;
-        let to = end.0.min((segno + 1) * size) - segno * size;
-        let file = OpenOptions::new().write(true).open(&path);
-        let file = file.unwrap_or_else(|e| panic!("{name}: {e}"));
-        file.write_all_at(&vec![0; (to - from) as usize], from)
-            .expect("written");
-        file.sync_all().expect("fsynced");
-    }
-    assert!(fs::metadata(postgres.wal_dir()).is_ok());
 }

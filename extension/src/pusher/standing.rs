@@ -30,7 +30,9 @@ impl Pusher {
         let flushed = following.map(|peer| self.proposer.peer_status(peer).flush_lsn);
         let floor = slot.restart_lsn();
         let keep = position_to_keep(flushed, commit_lsn, floor, settings::max_member_lag());
-        slot.advance(keep);
+        // The quorum may have more than the local disk does: after a crash WAL begins no later than that
+        // ends.
+        slot.advance(keep.min(postgres::flushed_lsn()));
     }
 
     fn acquire_slot(&mut self) {
