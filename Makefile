@@ -4,7 +4,7 @@ PREFIX ?= /usr/local
 PG_CONFIG ?= /usr/lib/postgresql/15/bin/pg_config
 export PG_CONFIG
 
-.PHONY: help demo demo-stop test mutations model soak failover-run fuzz check install
+.PHONY: help demo demo-stop test mutations model soak failover-run fuzz bench check install
 .DEFAULT_GOAL := help
 
 help: ## what can be made
@@ -33,6 +33,9 @@ failover-run: ## CYCLES=200 faults and failovers on real clusters; half an hour
 
 fuzz: ## search for bytes that a decoder does not survive, SECONDS_EACH=600
 	@scripts/fuzz
+
+bench: ## speed, beside local-only and stock synchronous replication; half an hour, QUICK=1 4 minutes
+	@scripts/bench
 
 check: ## formatting and lints only
 	@scripts/install-deps && scripts/check

@@ -82,8 +82,14 @@ pub struct TestDir {
 
 impl TestDir {
     pub fn new() -> TestDir {
-        let dir = tempfile::Builder::new().prefix("skt-").tempdir_in("/tmp");
-        let path = dir.expect("could not create a directory in /tmp").keep();
+        TestDir::new_in(Path::new("/tmp"))
+    }
+
+    /// The same on another file system.
+    pub fn new_in(parent: &Path) -> TestDir {
+        let dir = tempfile::Builder::new().prefix("skt-").tempdir_in(parent);
+        let dir = dir.unwrap_or_else(|e| panic!("could not create in {}: {e}", parent.display()));
+        let path = dir.keep();
         give_to_server_user(&path);
         TestDir { path }
     }

@@ -16,7 +16,7 @@ use safekeeper_protocol::Lsn;
 
 use crate::place::{Programs, TestDir, copy_tree, give_to_server_user};
 use crate::poll::{SOON, wait_for};
-use crate::process::{Process, run_ok};
+use crate::process::{Environment, Process, run_ok};
 
 /// A data directory with its server, if that runs. See the head of this file.
 pub struct Postgres {
@@ -27,6 +27,7 @@ pub struct Postgres {
     process: Option<Process>,
     /// Length of the log when the server was last started.
     log_before: usize,
+    environment: Environment,
 }
 
 /// How to stop a server, as `pg_ctl stop -m` says it.
@@ -116,7 +117,13 @@ impl Postgres {
             log: dir.path().join(format!("{name}.log")),
             process: None,
             log_before: 0,
+            environment: Environment::new(),
         }
+    }
+
+    /// Variables of the server, from its next start on.
+    pub fn set_environment(&mut self, variables: Environment) {
+        self.environment = variables;
     }
 
     pub fn name(&self) -> &str {
@@ -203,6 +210,7 @@ impl Postgres {
         self.log_before = self.log().len();
         let mut command = Command::new(Programs::postgres("postgres"));
         command.arg("-D").arg(&self.data);
+        command.envs(self.environment.iter().cloned());
         self.process = Some(Process::start(&self.name, command, &self.log));
     }
 

@@ -5,6 +5,7 @@
 //! signal when the *thread* ends that started the process, so all are started by one thread that
 //! lives as long as the program.
 
+use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,9 @@ use std::{fs, io, thread};
 
 use crate::place::ServerUser;
 use crate::poll::{SOON, wait_for, wait_until};
+
+/// Variables that a process gets beside those of the test program.
+pub type Environment = Vec<(OsString, OsString)>;
 
 /// A running or ended process, and its children.
 pub struct Process {
@@ -234,7 +238,7 @@ fn command_line(pid: u32) -> String {
     String::from_utf8_lossy(&bytes).replace('\0', " ")
 }
 
-fn children_of(pid: u32) -> Vec<u32> {
+pub fn children_of(pid: u32) -> Vec<u32> {
     let pids = fs::read_dir("/proc").expect("/proc is there").flatten();
     let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     pids.filter(|child| stat_fields(*child).is_some_and(|(_, parent)| parent == pid))

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::place::{Programs, TestDir, unused_address};
 use crate::poll::{SOON, wait_for};
-use crate::process::{Process, run, run_ok};
+use crate::process::{Environment, Process, run, run_ok};
 
 /// A safekeeper's data directory and daemon.
 pub struct Safekeeper {
@@ -21,6 +21,7 @@ pub struct Safekeeper {
     listen: SocketAddr,
     http: SocketAddr,
     process: Option<Process>,
+    environment: Environment,
 }
 
 impl Safekeeper {
@@ -35,6 +36,7 @@ impl Safekeeper {
             listen: unused_address(),
             http: unused_address(),
             process: None,
+            environment: Environment::new(),
         };
         let mut command = Safekeeper::program();
         command
@@ -42,6 +44,11 @@ impl Safekeeper {
             .arg(&safekeeper.data);
         run_ok(command);
         safekeeper
+    }
+
+    /// Variables of the daemon, from its next start on.
+    pub fn set_environment(&mut self, variables: Environment) {
+        self.environment = variables;
     }
 
     /// The daemon's program, without arguments.
@@ -71,6 +78,7 @@ impl Safekeeper {
         command
             .args(["--http", &self.http.to_string(), "--data-dir"])
             .arg(&self.data);
+        command.envs(self.environment.iter().cloned());
         command
     }
 

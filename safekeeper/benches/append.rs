@@ -2,21 +2,18 @@
 //!
 //! * `commit`: a small record and a flush. Nearly all of it is the disk's fdatasync.
 //! * `append`: WAL in pieces as they come from a bulk load, a flush for each MiB.
-//! * `decode`: the checks alone, which every byte goes through.
 //!
-//! The directory is made where `TMPDIR` says: put it on the disk that is to be measured.
+//! The checks alone are safekeeper-wal's bench `decode`. The directory is made where `TMPDIR` says:
+//! put it on the disk that is to be measured.
 
-use std::hint::black_box;
 use std::sync::Arc;
 
-use criterion::{BatchSize, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
 
 use safekeeper::control_file::ControlFile;
 use safekeeper::disk::{Disk, RealDisk};
-use safekeeper::segment::wal_format;
 use safekeeper::wal_storage::WalStorage;
 use safekeeper_protocol::{AcceptorState, ClusterIdentity, Lsn, Term, TermEntry, TermHistory, Tli};
-use safekeeper_wal::WalDecoder;
 use safekeeper_wal::synthetic::WalBuilder;
 
 const SEGMENT: u32 = 16 << 20;
@@ -118,23 +115,5 @@ fn append(c: &mut Criterion) {
     group.finish();
 }
 
-fn decode(c: &mut Criterion) {
-    let format = wal_format(&cluster()).expect("supported");
-    let mut wal = WalBuilder::new(format, 1, START);
-    while wal.bytes().len() < MIB {
-        wal.noop(300);
-    }
-    let mut group = c.benchmark_group("decode");
-    group.throughput(Throughput::Bytes(wal.bytes().len() as u64));
-    group.bench_function("records of 300 bytes", |b| {
-        b.iter_batched_ref(
-            || WalDecoder::new(format, START),
-            |decoder| decoder.feed(black_box(wal.bytes())),
-            BatchSize::SmallInput,
-        );
-    });
-    group.finish();
-}
-
-criterion_group!(benches, commit, append, decode);
+criterion_group!(benches, commit, append);
 criterion_main!(benches);

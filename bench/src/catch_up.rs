@@ -1,0 +1,91 @@
+//! A member that was away: how fast it catches up, while nothing else happens.
+//!
+//! It is killed, WAL is written, it starts again, and time runs until it has flushed what the
+//! primary has. `mb_per_s` counts from its start, so with the time until somebody connects;
+//! `stream_mb_per_s` from when the first of the new WAL was flushed there.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use cluster_tests::poll::SOON;
+
+use crate::bulk::Peak;
+use crate::options::Options;
+use crate::samples::Samples;
+use crate::setups::{Kind, Setup, Setups};
+
+pub const PART: &str = "catch-up";
+pub const POINT: &str = "one of three";
+
+const MEGABYTE: f64 = (1 << 20) as f64;
+/// The one that is away.
+const AWAY: usize = 2;
+
+pub fn measure(options: &Options, setups: &mut Setups, samples: &mut Samples) {
+    for round in 0..options.rounds {
+        for kind in options.order(round) {
+            if kind == Kind::Local {
+                continue;
+            }
+            let Some(setup) = setups.get(kind) else {
+                continue;
+            };
+            setup.settle();
+            let values = catch_up(setup, options.bulk_megabytes);
+            samples.add(PART, POINT, kind, round, values);
+        }
+    }
+}
+
+fn catch_up(setup: &mut Setup, megabytes: u64) -> Vec<(&'static str, f64)> {
+    setup.members[AWAY].kill9();
+    let begin = setup.primary.flush_lsn();
+    // A logical message is a record and nothing else: WAL without tables.
+    setup.primary.sql(&format!(
+        "do $$ begin
+            for i in 1..{megabytes} loop
+                perform pg_logical_emit_message(false, '', repeat('x', 1024 * 1024));
+            end loop;
+        end $$; create table flushes (); drop table flushes"
+    ));
+    let end = setup.primary.flush_lsn();
+    setup.members[AWAY].start();
+    let begun = Instant::now();
+    let ended = AtomicBool::new(false);
+    let setup = &*setup;
+    let (streaming, caught_up, peak) = thread::scope(|scope| {
+        let watching = scope.spawn(|| Peak::watch(setup, &ended));
+        let mut streaming = None;
+        let mut caught_up = None;
+        while caught_up.is_none() && begun.elapsed() < 3 * SOON {
+            let flushed = setup.member_flush_lsn(AWAY);
+            if streaming.is_none() && flushed > begin {
+                streaming = Some((begun.elapsed(), flushed));
+            }
+            if flushed >= end {
+                caught_up = Some(begun.elapsed());
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        ended.store(true, Ordering::Relaxed);
+        (
+            streaming,
+            caught_up,
+            watching.join().expect("reading /proc does not panic"),
+        )
+    });
+    let caught_up = caught_up.expect("a member that was away catches up");
+    let (first, flushed) = streaming.expect("it has flushed something before it had all");
+    let rate = |bytes: u64, time: Duration| bytes as f64 / MEGABYTE / time.as_secs_f64();
+    let mut values = vec![
+        ("mb_per_s", rate(end - begin, caught_up)),
+        ("until_first_s", first.as_secs_f64()),
+    ];
+    // All at once is no stream.
+    if flushed < end {
+        values.push(("stream_mb_per_s", rate(end - flushed, caught_up - first)));
+    }
+    values.extend(peak.values());
+    values
+}

@@ -1,0 +1,77 @@
+//! How long a flush lasts here: 8 kB written into a segment that is full of zeros, then fdatasync.
+//!
+//! That is a small commit. It is measured by a child process of the servers' user, so that the
+//! preload library can be given to it as to a server: `bench fsync-time DIR` prints microseconds.
+
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::Instant;
+
+use cluster_tests::place::TestDir;
+use cluster_tests::process::{Environment, run_ok};
+
+/// In milliseconds.
+#[derive(Clone, Copy, Debug, serde::Serialize)]
+pub struct FlushTime {
+    pub median: f64,
+    pub p99: f64,
+}
+
+pub const VERB: &str = "fsync-time";
+
+/// In that directory, by a process with these variables.
+pub fn measure(dir: &TestDir, environment: Environment) -> FlushTime {
+    let mut command = Command::new(std::env::current_exe().expect("our own program"));
+    command.arg(VERB).arg(dir.path()).envs(environment);
+    let output = run_ok(command);
+    let mut times = output.lines().map(|line| {
+        let us: f64 = line.parse().expect("the child prints numbers");
+        us / 1000.0
+    });
+    let mut next = || times.next().expect("the child prints two numbers");
+    FlushTime {
+        median: next(),
+        p99: next(),
+    }
+}
+
+/// What the child does.
+pub fn print(dir: &Path) {
+    const LEN: usize = 8192;
+    const SEGMENT: usize = 16 << 20;
+    let path = dir.join("fsync-time");
+    let file = zeros(&path, SEGMENT);
+    let block = vec![0x5a; LEN];
+    let mut times: Vec<_> = (0..400)
+        .map(|i| {
+            let begun = Instant::now();
+            file.write_all_at(&block, (i * LEN % SEGMENT) as u64)
+                .expect("could not write");
+            file.sync_data().expect("could not flush");
+            begun.elapsed()
+        })
+        .collect();
+    times.sort();
+    for share in [50, 99] {
+        println!(
+            "{:.1}",
+            times[times.len() * share / 100].as_secs_f64() * 1e6
+        );
+    }
+    std::fs::remove_file(path).expect("our own file");
+}
+
+fn zeros(path: &Path, len: usize) -> File {
+    let file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path);
+    let file = file.expect("could not create a file to flush");
+    file.write_all_at(&vec![0; len], 0)
+        .expect("could not write");
+    file.sync_all().expect("could not flush");
+    file
+}

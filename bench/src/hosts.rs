@@ -1,0 +1,187 @@
+//! Hosts of their own, emulated: what a commit costs when the primary's flush, the way to a member
+//! and the member's flush take their times, against what theory says.
+//!
+//! ```text
+//!   local-only   F_primary                        + execution
+//!   stock        F_primary + RTT + F_member       + execution
+//!   ours         max(F_primary, RTT + F_member)   + execution
+//! ```
+//!
+//! All files lie in memory, flushes are lengthened by a sleep, links by a proxy: nothing is shared
+//! but the CPUs. *Execution* is what the local-only setup takes in the same round beyond F_primary.
+//! F and RTT in the formulas are measured, not what was asked for: a sleep is some microseconds late.
+//! At more than one client a local commit also waits for the flush that is under way, which
+//! execution then contains; so there the formulas are rules of thumb.
+
+use std::time::Duration;
+
+use crate::fsync_time;
+use crate::options::Options;
+use crate::pgbench::{self, Run};
+use crate::samples::Samples;
+use crate::setups::{Hosts, Kind, Setups};
+use crate::slow_disk::SlowDisk;
+use crate::slow_link;
+
+pub const PART: &str = "hosts";
+
+/// In microseconds.
+#[derive(Clone, Copy)]
+struct Point {
+    primary_flush: u64,
+    round_trip: u64,
+    member_flush: u64,
+}
+
+const fn point(primary_flush: u64, round_trip: u64, member_flush: u64) -> Point {
+    Point {
+        primary_flush,
+        round_trip,
+        member_flush,
+    }
+}
+
+/// Members answer within the primary's flush, or they don't; a cloud's disks, a fast disk's hosts in
+/// one rack, another zone.
+const POINTS: [Point; 5] = [
+    point(2000, 500, 1000),
+    point(2000, 0, 1000),
+    point(500, 0, 500),
+    point(1000, 1000, 1000),
+    point(1000, 2000, 1000),
+];
+
+/// What was asked for, as it turned out to be, in milliseconds.
+#[derive(Clone, Copy)]
+struct Times {
+    primary_flush: f64,
+    round_trip: f64,
+    member_flush: f64,
+    /// Of each direction of a link.
+    one_way: Duration,
+}
+
+impl Times {
+    /// Milliseconds of a commit without its execution.
+    fn formula(&self, kind: Kind) -> f64 {
+        let member = self.round_trip + self.member_flush;
+        match kind {
+            Kind::Local => self.primary_flush,
+            // What is read from files has been flushed here.
+            Kind::Stock | Kind::OursFromFiles => self.primary_flush + member,
+            Kind::Ours => self.primary_flush.max(member),
+        }
+    }
+}
+
+pub fn measure(options: &Options, samples: &mut Samples) {
+    // A setup's members have links or they don't.
+    let (near, apart): (Vec<Point>, Vec<Point>) =
+        POINTS.iter().partition(|point| point.round_trip == 0);
+    for (hosts, mut points) in [(Hosts::Emulated, near), (Hosts::Apart, apart)] {
+        if options.quick {
+            points.truncate(1);
+        }
+        measure_there(options, hosts, &points, samples);
+    }
+}
+
+fn measure_there(options: &Options, hosts: Hosts, points: &[Point], samples: &mut Samples) {
+    let mut setups = Setups::start(options, &options.setups, hosts);
+    let times: Vec<_> = points.iter().map(|point| look(*point, &setups)).collect();
+    // Nothing here depends on a disk: short runs lie close together.
+    for round in 0..options.rounds.min(3) {
+        for (point, times) in points.iter().zip(&times) {
+            for clients in options.clients.iter().filter(|clients| **clients <= 8) {
+                let mut runs = Vec::new();
+                for kind in options.order(round) {
+                    let run = run(&mut setups, kind, *point, times, *clients, options.time / 2);
+                    runs.push((kind, run));
+                }
+                add(samples, round, &name(*point, *clients), times, &runs);
+            }
+        }
+    }
+}
+
+fn name(point: Point, clients: u32) -> String {
+    let ms = |us: u64| us as f64 / 1000.0;
+    let Point {
+        primary_flush,
+        round_trip,
+        member_flush,
+    } = point;
+    format!(
+        "{} / {} / {} ms, {clients}",
+        ms(primary_flush),
+        ms(round_trip),
+        ms(member_flush)
+    )
+}
+
+fn look(point: Point, setups: &Setups) -> Times {
+    let disk = SlowDisk::new(setups.dir(), "look");
+    let flush = |us: u64| {
+        disk.set(Duration::from_micros(us));
+        fsync_time::measure(setups.dir(), disk.environment()).median
+    };
+    let (one_way, round_trip) = match point.round_trip {
+        0 => (Duration::ZERO, Duration::ZERO),
+        us => slow_link::calibrate(Duration::from_micros(us)),
+    };
+    let times = Times {
+        primary_flush: flush(point.primary_flush),
+        round_trip: round_trip.as_secs_f64() * 1000.0,
+        member_flush: flush(point.member_flush),
+        one_way,
+    };
+    eprintln!(
+        "hosts {}: in fact {:.3} / {:.3} / {:.3} ms",
+        name(point, 1),
+        times.primary_flush,
+        times.round_trip,
+        times.member_flush
+    );
+    times
+}
+
+fn run(
+    setups: &mut Setups,
+    kind: Kind,
+    point: Point,
+    times: &Times,
+    clients: u32,
+    time: Duration,
+) -> Run {
+    let setup = setups.get(kind).expect("all that are in the order");
+    let links = || {
+        setup
+            .members
+            .iter()
+            .filter_map(|member| member.link.as_ref())
+    };
+    setup.settle();
+    setup.set_flush_time(
+        Duration::from_micros(point.primary_flush),
+        Duration::from_micros(point.member_flush),
+    );
+    slow_link::set_all(links(), times.one_way);
+    let run = pgbench::run(setup, clients, time);
+    slow_link::set_all(links(), Duration::ZERO);
+    setup.set_flush_time(Duration::ZERO, Duration::ZERO);
+    run
+}
+
+fn add(samples: &mut Samples, round: u32, point: &str, times: &Times, runs: &[(Kind, Run)]) {
+    let local = runs.iter().find(|(kind, _)| *kind == Kind::Local);
+    for (kind, run) in runs {
+        let mut values = run.values();
+        if let Some((_, local)) = local {
+            let execution = local.mean - times.primary_flush;
+            let formula = times.formula(*kind) + execution;
+            values.push(("formula_ms", formula));
+            values.push(("of_formula", run.mean / formula));
+        }
+        samples.add(PART, point, *kind, round, values);
+    }
+}
