@@ -20,8 +20,8 @@ use crate::options::Options;
 use crate::pgbench::{self, Run};
 use crate::samples::Samples;
 use crate::setups::{Hosts, Kind, Setups};
-use crate::slow_disk::SlowDisk;
 use crate::slow_link;
+use cluster_tests::slow_disk::SlowDisk;
 
 pub const PART: &str = "hosts";
 

@@ -18,7 +18,6 @@ mod receiver;
 mod report;
 mod samples;
 mod setups;
-mod slow_disk;
 mod slow_link;
 mod slow_member;
 

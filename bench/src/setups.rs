@@ -39,8 +39,8 @@ use safekeeper_protocol::Lsn;
 use crate::options::Options;
 use crate::processes::{CpuSeconds, cpu_of, cpu_of_tree};
 use crate::receiver::Receiver;
-use crate::slow_disk::SlowDisk;
 use crate::slow_link::SlowLink;
+use cluster_tests::slow_disk::SlowDisk;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Kind {

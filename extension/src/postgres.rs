@@ -64,8 +64,10 @@ pub struct Port {
     remote_hostname_resolv: c_int,
     remote_hostname_errcode: c_int,
     remote_port: *mut c_char,
-    #[cfg(not(feature = "pg18"))]
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
     can_accept_connections: c_int,
+    #[cfg(feature = "pg18")]
+    local_host: [c_char; 64],
     database_name: *mut c_char,
     pub user_name: *mut c_char,
     /// Of the startup packet's `options`; null if it had none.
@@ -91,6 +93,35 @@ impl Port {
 pub const ADVANCE_STATE_MACHINE: c_int = 7;
 #[cfg(feature = "pg18")]
 pub const ADVANCE_STATE_MACHINE: c_int = 8;
+
+/// Sets a signal handler, with the flags that Postgres's own have. 18 has renamed the function.
+///
+/// # Safety
+/// `handler` does only what a signal handler may do.
+pub unsafe fn pqsignal(signal: c_int, handler: unsafe extern "C-unwind" fn(c_int)) {
+    // SAFETY: by the caller.
+    unsafe {
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::pqsignal(signal, Some(handler));
+        #[cfg(feature = "pg18")]
+        pg_sys::pqsignal_be(signal, Some(handler));
+    }
+}
+
+/// Ends this process: runs Postgres's exit callbacks, which give back what we hold.
+pub fn exit(code: c_int) -> ! {
+    // SAFETY: outside a callback of that kind.
+    unsafe {
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::proc_exit(code);
+        // It does not return there either, but its declaration does not say so to pgrx.
+        #[cfg(feature = "pg18")]
+        {
+            pg_sys::proc_exit(code);
+            std::process::abort()
+        }
+    }
+}
 
 /// As after SIGTERM: the session ends when it next looks. May be called by a signal handler.
 ///

@@ -148,7 +148,27 @@ unsafe fn try_fill(slot: *mut pg_sys::WalSnd) -> bool {
     }
 }
 
-/// Up to 17 the server wakes WAL senders by a latch that the slot points to.
+/// Has the next flush beyond `lsn` wake this process, once. `false` if there was one already, and no
+/// reason to sleep.
+///
+/// From 16 on the server wakes WAL senders not by their slots but by a condition variable, which
+/// forgets a sleeper whom it has woken, or who has broadcast to another one.
+#[cfg(not(feature = "pg15"))]
+pub fn wake_on_flush(lsn: Lsn) -> bool {
+    // SAFETY: a variable in shared memory that Postgres initialises before any process starts. What
+    // is prepared is undone by the next call, and at the process's end.
+    unsafe { pg_sys::ConditionVariablePrepareToSleep(&raw mut (*pg_sys::WalSndCtl).wal_flush_cv) };
+    // What was flushed before this was prepared has woken nobody.
+    postgres::flushed_lsn() == lsn
+}
+
+/// On 15 every flush sets the latch that the slot names.
+#[cfg(feature = "pg15")]
+pub fn wake_on_flush(_lsn: Lsn) -> bool {
+    true
+}
+
+/// Up to 17 a slot points to its process's latch. On 15 the server wakes WAL senders by it.
 #[cfg(feature = "pg15")]
 unsafe fn set_version_fields(slot: *mut pg_sys::WalSnd) {
     // SAFETY: as in `try_fill`; the latch is our own process's.

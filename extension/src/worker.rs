@@ -28,7 +28,7 @@ use crate::shmem::{self, Status};
 use crate::stop::{self, Line, Stopping};
 use crate::threads::{WakeReceiver, Waker, waker};
 use crate::wait_set::WaitSet;
-use crate::wal_sender_slot::{APPLICATION_NAME, WalSenderSlot};
+use crate::wal_sender_slot::{self, APPLICATION_NAME, WalSenderSlot};
 use crate::{postgres, promoter};
 
 const NAME: &CStr = c"walproposer";
@@ -94,6 +94,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
     loop {
         // Before looking at anything: what happens from here on wakes us.
         reset_latch();
+        let flushed_lsn = postgres::flushed_lsn();
         check_for_interrupts!();
         if postgres::reload_if_asked() {
             pusher.on_reload();
@@ -113,7 +114,11 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
         } else {
             line.idle_ms(wants_last_sender)
         };
-        wait_set.wait(pusher.sockets(), pusher.idle_ms().min(limit));
+        let timeout_ms = match wal_sender_slot::wake_on_flush(flushed_lsn) {
+            true => pusher.idle_ms().min(limit),
+            false => 0,
+        };
+        wait_set.wait(pusher.sockets(), timeout_ms);
     }
 }
 
@@ -144,7 +149,7 @@ pub fn prepare_process() {
     // is Postgres's own: it sets a flag and the latch. Without a database, so that the worker
     // is listed in pg_stat_replication and holds no database up.
     unsafe {
-        pg_sys::pqsignal(libc::SIGHUP, Some(postgres::SignalHandlerForConfigReload));
+        postgres::pqsignal(libc::SIGHUP, postgres::SignalHandlerForConfigReload);
         pg_sys::BackgroundWorkerUnblockSignals();
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
         // Commits wait for the standby of this name.
@@ -203,12 +208,10 @@ pub fn reset_latch() {
 
 /// Status 0, so that the postmaster does not start it again.
 pub fn end_for_good() -> ! {
-    // SAFETY: as in `end`.
-    unsafe { pg_sys::proc_exit(0) }
+    postgres::exit(0)
 }
 
 /// Status 1, so that the postmaster starts it again.
 pub fn end() -> ! {
-    // SAFETY: runs Postgres's exit callbacks, which give back what we hold.
-    unsafe { pg_sys::proc_exit(1) }
+    postgres::exit(1)
 }

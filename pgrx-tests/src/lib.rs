@@ -21,6 +21,7 @@ pub mod postgres;
 pub mod process;
 pub mod readers;
 pub mod safekeeper;
+pub mod slow_disk;
 pub mod wal_compare;
 
 use std::net::SocketAddr;

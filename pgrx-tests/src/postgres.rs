@@ -150,7 +150,9 @@ impl Postgres {
             let name = format!("{:08X}{:08X}{:08X}", 1, segno / 256, segno % 256);
             let from = begin.0.max(segno * size) - segno * size;
             let to = end.0.min((segno + 1) * size) - segno * size;
-            let file = OpenOptions::new().write(true).open(self.wal_dir().join(&name));
+            let file = OpenOptions::new()
+                .write(true)
+                .open(self.wal_dir().join(&name));
             let file = file.unwrap_or_else(|e| panic!("{name}: {e}"));
             file.write_all_at(&vec![0; (to - from) as usize], from)
                 .expect("written");

@@ -5,8 +5,8 @@
 use std::time::{Duration, Instant};
 
 use cluster_tests::Cluster;
-use cluster_tests::held_disk::HeldDisk;
 use cluster_tests::poll::{SOON, let_run, wait_for, wait_until};
+use cluster_tests::slow_disk::SlowDisk;
 use safekeeper_protocol::Lsn;
 
 const MIB: u64 = 1 << 20;
@@ -16,9 +16,11 @@ const MIB: u64 = 1 << 20;
 #[test]
 fn the_quorum_has_a_commit_before_the_local_disk_and_it_survives_the_loss_of_that() {
     let mut cluster = Cluster::prepare(&[]);
-    let disk = HeldDisk::new(&cluster.dir);
+    let disk = SlowDisk::new(&cluster.dir, "primary");
     cluster.primary.set_environment(disk.environment());
-    cluster.primary.configure("checkpoint_timeout = '1h'\nbgwriter_lru_maxpages = 0");
+    cluster
+        .primary
+        .configure("checkpoint_timeout = '1h'\nbgwriter_lru_maxpages = 0");
     cluster.start_all();
     cluster.primary.sql("create table t (n int)");
     for round in 1..=5 {
@@ -35,12 +37,18 @@ fn the_quorum_has_a_commit_before_the_local_disk_and_it_survives_the_loss_of_tha
         });
         assert!(!commit.answered(), "acknowledged before the local flush");
         cluster.primary.kill9();
-        disk.release();
+        disk.set(Duration::ZERO);
         cluster.primary.lose_wal(flush, quorum);
         cluster.primary.start();
         let log = cluster.primary.log_since_start();
-        assert!(log.contains("that the local disk had lost were fetched"), "{log}");
-        assert_eq!(cluster.primary.value("select max(n) from t"), round.to_string());
+        assert!(
+            log.contains("that the local disk had lost were fetched"),
+            "{log}"
+        );
+        assert_eq!(
+            cluster.primary.value("select max(n) from t"),
+            round.to_string()
+        );
         cluster.wait_streaming(3);
     }
     let end = cluster.wait_all_caught_up(SOON);
@@ -56,7 +64,9 @@ fn what_was_pushed_equals_pg_wal_whatever_the_size_of_the_buffers() {
         let mut compared = 0;
         while compared < wal_mb * MIB {
             let round = (wal_mb * MIB - compared).min(1024 * MIB);
-            let settings = format!("wal_buffers = '{wal_buffers}'\nwal_keep_size = '16GB'\nmax_wal_size = '4GB'");
+            let settings = format!(
+                "wal_buffers = '{wal_buffers}'\nwal_keep_size = '16GB'\nmax_wal_size = '4GB'"
+            );
             let cluster = Cluster::start_with(&settings, &[]);
             cluster.primary.pgbench_init(10);
             cluster.primary.sql("create table bulk (a int, b text)");
@@ -74,9 +84,14 @@ fn what_was_pushed_equals_pg_wal_whatever_the_size_of_the_buffers() {
             cluster.assert_wal_equal(end);
             compared += end - begin;
             let (buffers, files) = origins(&cluster);
-            println!("wal_buffers {wal_buffers}: compared {} MB; {buffers} bytes from buffers, {files} from files",
-                     (end - begin) / MIB);
-            assert!(buffers > 0 && files > 0, "{buffers} from buffers, {files} from files");
+            println!(
+                "wal_buffers {wal_buffers}: compared {} MB; {buffers} bytes from buffers, {files} from files",
+                (end - begin) / MIB
+            );
+            assert!(
+                buffers > 0 && files > 0,
+                "{buffers} from buffers, {files} from files"
+            );
         }
     }
 }
@@ -91,7 +106,10 @@ fn under_pgbench_most_wal_comes_from_the_buffers() {
     let after = origins(&cluster);
     let (buffers, files) = (after.0 - before.0, after.1 - before.1);
     println!("{buffers} bytes from buffers, {files} from files");
-    assert!(buffers > files, "{buffers} from buffers, {files} from files");
+    assert!(
+        buffers > files,
+        "{buffers} from buffers, {files} from files"
+    );
 }
 
 /// The setting is read again while the server runs; without buffers commits are as safe.
@@ -102,10 +120,15 @@ fn without_the_buffers_wal_comes_from_files() {
     cluster.primary.pgbench(4, Duration::from_secs(2));
     let end = cluster.wait_all_caught_up(SOON);
     let (buffers, files) = origins(&cluster);
-    assert!(buffers == 0 && files > 0, "{buffers} from buffers, {files} from files");
+    assert!(
+        buffers == 0 && files > 0,
+        "{buffers} from buffers, {files} from files"
+    );
     cluster.assert_wal_equal(end);
 
-    cluster.primary.configure("walproposer.read_wal_buffers = on");
+    cluster
+        .primary
+        .configure("walproposer.read_wal_buffers = on");
     cluster.primary.reload();
     cluster.primary.sql("create table t (n int)");
     wait_until("WAL comes from buffers", SOON, || {
@@ -133,7 +156,10 @@ fn an_idle_server_costs_nothing_but_heartbeats() {
     let heartbeats = u64::from(passed.div_duration_f64(HEARTBEAT) as u32 + 1);
     println!("{woken} wake-ups in {passed:?}");
     assert!(woken <= 6 * heartbeats, "{woken} wake-ups in {passed:?}");
-    assert!(woken >= heartbeats / 2, "{woken} wake-ups: are they counted?");
+    assert!(
+        woken >= heartbeats / 2,
+        "{woken} wake-ups: are they counted?"
+    );
 }
 
 /// Bytes sent from buffers and from files.
@@ -141,10 +167,15 @@ fn origins(cluster: &Cluster) -> (u64, u64) {
     let columns = "select bytes_from_buffers || ' ' || bytes_from_files from pg_stat_walproposer";
     let columns = cluster.primary.value(columns);
     let (buffers, files) = columns.split_once(' ').expect("two numbers");
-    (buffers.parse().expect("a number"), files.parse().expect("a number"))
+    (
+        buffers.parse().expect("a number"),
+        files.parse().expect("a number"),
+    )
 }
 
 fn wakeups(cluster: &Cluster) -> u64 {
-    let wakeups = cluster.primary.value("select wakeups from pg_stat_walproposer");
+    let wakeups = cluster
+        .primary
+        .value("select wakeups from pg_stat_walproposer");
     wakeups.parse().expect("a number")
 }

@@ -35,6 +35,9 @@ use crate::worker::{new_waker, reset_latch};
 /// How it is called in pg_stat_activity.
 const APPLICATION_NAME: &CStr = c"walproposer last sender";
 
+/// What `ps` shows of it.
+const PS_TITLE: &CStr = c"waiting for the shutdown";
+
 /// While there is no worker, nobody tells of a stop: it is looked for this often.
 const POLL: Duration = Duration::from_millis(250);
 
@@ -116,7 +119,7 @@ fn prepare_process() {
         postgres::disable_all_timeouts(false);
         pg_sys::CommitTransactionCommand();
         pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::null());
-        pg_sys::pqsignal(libc::SIGUSR2, Some(on_last_cycle));
+        postgres::pqsignal(libc::SIGUSR2, on_last_cycle);
         // It is not for the asking: `pg_terminate_backend` of everybody, before a stop, must leave it.
         libc::signal(libc::SIGINT, libc::SIG_IGN);
         libc::signal(libc::SIGTERM, libc::SIG_IGN);
@@ -129,10 +132,25 @@ fn prepare_process() {
             pg_sys::GucContext::PGC_USERSET,
             pg_sys::GucSource::PGC_S_SESSION,
         );
+        show_as_begun();
+        #[cfg(feature = "pg15")]
+        pg_sys::set_ps_display(PS_TITLE.as_ptr());
+        #[cfg(not(feature = "pg15"))]
+        pg_sys::set_ps_display_with_len(PS_TITLE.as_ptr(), PS_TITLE.count_bytes());
+    }
+}
+
+/// In pg_stat_activity, where it has been "starting" so far on 18, and was not at all before.
+///
+/// # Safety
+/// Once, by a session's process.
+unsafe fn show_as_begun() {
+    // SAFETY: by the caller.
+    unsafe {
         #[cfg(not(feature = "pg18"))]
         pg_sys::pgstat_bestart();
-        #[cfg(feature = "pg15")]
-        pg_sys::set_ps_display(c"waiting for the shutdown".as_ptr());
+        #[cfg(feature = "pg18")]
+        pg_sys::pgstat_bestart_final();
     }
 }
 
@@ -259,9 +277,7 @@ fn sleep(time: Option<Duration>) {
 }
 
 fn end() -> ! {
-    // SAFETY: runs Postgres's exit callbacks, which want statistics to be reported before.
-    unsafe {
-        pg_sys::pgstat_report_stat(true);
-        pg_sys::proc_exit(0)
-    }
+    // SAFETY: outside a transaction. The exit callbacks want statistics to be reported before.
+    unsafe { pg_sys::pgstat_report_stat(true) };
+    postgres::exit(0)
 }

@@ -5,7 +5,8 @@
  *     SLOW_DISK=FILE LD_PRELOAD=slow_disk.so postgres -D ...
  *
  * The file holds one 32-bit number in the machine's order, is mapped when the program starts, and
- * may be changed at any time: 0 is the disk as it is. Time is counted from the call, so a real
+ * may be changed at any time: 0 is the disk as it is, and with the greatest number a flush does not
+ * begin until there is another. Time is counted from the call, so a real
  * flush is not added to the pause but is part of it. Only the calling thread sleeps, and it holds
  * nothing that others need: flushes of several threads overlap, as on a disk with a deep queue.
  *
@@ -52,16 +53,30 @@ begin(void)
 	delay_us = mapped;
 }
 
+/* Do not flush yet. */
+#define HELD UINT32_MAX
+
+static void
+wait_while_held(void)
+{
+	const struct timespec pause = {.tv_nsec = 1000000};
+
+	while (delay_us && *delay_us == HELD)
+		nanosleep(&pause, NULL);
+}
+
 static int
 lengthened(flush_call *real, int fd)
 {
-	uint32_t	us = delay_us ? *delay_us : 0;
+	uint32_t	us;
 	struct timespec until;
 	int			result,
 				slack,
 				saved;
 
-	if (us == 0)
+	wait_while_held();
+	us = delay_us ? *delay_us : 0;
+	if (us == 0 || us == HELD)
 		return real(fd);
 	clock_gettime(CLOCK_MONOTONIC, &until);
 	until.tv_sec += us / 1000000;
