@@ -36,16 +36,23 @@ pub enum ConnectError {
     Handshake(#[from] WireError),
 }
 
+/// A connection on which the next byte is a message of the codec.
+pub struct Connected {
+    pub stream: TcpStream,
+    /// From a question to its answer.
+    pub round_trip: Duration,
+}
+
 /// Outcome of dialling on a thread.
 pub enum Dialled {
-    Connected(TcpStream),
+    Connected(Connected),
     Failed(String),
     /// The thread panicked: a defect of ours, on which the worker ends.
     Panicked(String),
 }
 
 /// Connects on this thread. The stream blocks, with the time-out set for reading and writing.
-pub fn connect(dial: &Dial) -> Result<TcpStream, ConnectError> {
+pub fn connect(dial: &Dial) -> Result<Connected, ConnectError> {
     let host = &dial.address.host;
     let resolve_error = |source| ConnectError::Resolve {
         host: host.clone(),
@@ -59,8 +66,8 @@ pub fn connect(dial: &Dial) -> Result<TcpStream, ConnectError> {
         match TcpStream::connect_timeout(&address, dial.timeout) {
             Ok(mut stream) => {
                 prepare(&stream, dial.timeout).map_err(ConnectError::Connect)?;
-                start_wal_push(&mut stream, &dial.user)?;
-                return Ok(stream);
+                let round_trip = start_wal_push(&mut stream, &dial.user)?;
+                return Ok(Connected { stream, round_trip });
             }
             Err(error) => last_error = Some(error),
         }
@@ -85,11 +92,11 @@ pub fn connect_in_background(dial: Dial, waker: Waker) -> io::Result<Receiver<Di
     let body = move || {
         let connected = connect(&dial)
             .map_err(|error| error.to_string())
-            .and_then(|stream| {
-                let unblocked = stream
-                    .set_nonblocking(true)
-                    .map_err(|error| error.to_string());
-                unblocked.map(|()| stream)
+            .and_then(|connected| {
+                let unblocked = connected.stream.set_nonblocking(true);
+                unblocked
+                    .map(|()| connected)
+                    .map_err(|error| error.to_string())
             });
         // If the receiver is gone, nobody wants the connection any more.
         let _ = outcome.send(connected.map_or_else(Dialled::Failed, Dialled::Connected));
@@ -157,7 +164,7 @@ mod tests {
         server
             .write_all(b"R\0\0\0\x08\0\0\0\0Z\0\0\0\x05IW\0\0\0\x07\0\0\0")
             .expect("sent");
-        let Ok(Dialled::Connected(mut stream)) = outcome.recv() else {
+        let Ok(Dialled::Connected(Connected { mut stream, .. })) = outcome.recv() else {
             panic!("not connected");
         };
         let error = stream.read(&mut [0]).expect_err("nothing to read");

@@ -161,7 +161,9 @@ fn read_range(
     waker: &Waker,
 ) -> Result<DonorEvent, String> {
     let mut connection = Connection {
-        stream: connect(&request.dial).map_err(|error| error.to_string())?,
+        stream: connect(&request.dial)
+            .map_err(|error| error.to_string())?
+            .stream,
         inbox: Inbox::default(),
     };
     connection.send(&ProposerMessage::Greeting(request.greeting.clone()))?;

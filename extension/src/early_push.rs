@@ -13,6 +13,10 @@
 //! worker looks until a record has come, for as long as has paid off lately, and leaves the processor
 //! to others between two looks. If none comes, the server's own wake-up is soon enough.
 //!
+//! Commits that come while the members flush would have to wait for that anyway: they gather, and go
+//! out together when the quorum has answered. Where the way is long compared to a flush, one message is
+//! on its way for each flush that the members can do meanwhile. What is flushed here is never held back.
+//!
 //! WAL that is not waited for flows too: when much of it has gathered, it is pushed as it is found,
 //! and looked for every few milliseconds while it flows. When nothing is written, nobody looks.
 
@@ -82,7 +86,25 @@ pub struct EarlyPush {
     seen: u64,
     patience: Patience,
     /// WAL flows: look for it until then.
-    flows_until_ms: u64,
+    flows_until: Duration,
+    last: Option<Pushed>,
+}
+
+/// WAL that was pushed early, to the end of a record.
+struct Pushed {
+    end_lsn: Lsn,
+    at: Duration,
+}
+
+/// How things stand when the question is whether to push. Times are since some moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Situation {
+    pub now: Duration,
+    pub hint: Hint,
+    pub sent_lsn: Lsn,
+    pub commit_lsn: Lsn,
+    /// How long a majority takes to flush what it is sent, without the way there and back.
+    pub flush_time: Duration,
 }
 
 /// So much makes it worth pushing WAL for which nobody waits: a message that costs little for what it
@@ -91,45 +113,50 @@ const BULK: u64 = 128 * 1024;
 /// While it flows, it is looked for so often.
 const POLL_MS: u64 = 2;
 /// When nothing has come for so long, it has ceased to flow.
-const FLOWS_FOR_MS: u64 = 20;
+const FLOWS_FOR: Duration = Duration::from_millis(20);
 
 impl EarlyPush {
     pub fn new(hint: Hint) -> EarlyPush {
         EarlyPush {
             seen: hint.count,
             patience: Patience::new(),
-            flows_until_ms: 0,
+            flows_until: Duration::ZERO,
+            last: None,
         }
     }
 
-    /// Is WAL to be pushed now that may not be flushed yet? `sent_lsn` is how far it has been;
-    /// `insert_lsn` asks how far it has come.
-    pub fn is_due(
-        &mut self,
-        hint: Hint,
-        sent_lsn: Lsn,
-        now_ms: u64,
-        insert_lsn: impl Fn() -> Lsn,
-    ) -> bool {
-        let gathered = insert_lsn().saturating_distance_from(sent_lsn);
+    /// Is WAL to be pushed now that may not be flushed yet? `insert_lsn` asks how far it has come.
+    pub fn is_due(&mut self, it: Situation, insert_lsn: impl Fn() -> Lsn) -> bool {
+        let gathered = insert_lsn().saturating_distance_from(it.sent_lsn);
         if gathered >= BULK {
-            self.seen = hint.count;
-            self.flows_until_ms = now_ms + FLOWS_FOR_MS;
+            self.seen = it.hint.count;
+            self.flows_until = it.now + FLOWS_FOR;
             return true;
         }
-        if hint.count == self.seen {
+        let hints = it.hint.count - self.seen;
+        if hints == 0 || self.members_are_busy(&it) {
             return false;
         }
-        self.seen = hint.count;
-        self.patience.spin_until(|| insert_lsn() > hint.lsn)
+        self.seen = it.hint.count;
+        // Some of several have come; the last of them may take its time.
+        hints > 1 && gathered > 0 || self.patience.spin_until(|| insert_lsn() > it.hint.lsn)
     }
 
-    /// When to look again though nobody calls.
-    pub fn next_look_ms(&self, now_ms: u64) -> u64 {
-        match now_ms < self.flows_until_ms {
-            true => now_ms + POLL_MS,
-            false => u64::MAX,
-        }
+    pub fn pushed(&mut self, end_lsn: Lsn, now: Duration) {
+        self.last = Some(Pushed { end_lsn, at: now });
+    }
+
+    /// An answer of the quorum is due, which will wake the worker, and until which there is nothing
+    /// to be done.
+    pub fn members_are_busy(&self, it: &Situation) -> bool {
+        self.last
+            .as_ref()
+            .is_some_and(|last| it.commit_lsn < last.end_lsn && it.now < last.at + it.flush_time)
+    }
+
+    /// When to look again though nobody calls; `None` if that need not be.
+    pub fn next_look_ms(&self, now: Duration) -> Option<u64> {
+        (now < self.flows_until).then_some(POLL_MS)
     }
 }
 
@@ -178,28 +205,70 @@ mod tests {
         lsn: Lsn(1000),
     };
 
+    fn at(us: u64) -> Duration {
+        Duration::from_micros(us)
+    }
+
+    fn situation(hint: Hint, now: Duration) -> Situation {
+        Situation {
+            now,
+            hint,
+            sent_lsn: Lsn(1000),
+            commit_lsn: Lsn(1000),
+            flush_time: at(300),
+        }
+    }
+
     #[test]
     fn wal_that_nobody_waits_for_is_pushed_when_much_has_gathered() {
         let mut early = EarlyPush::new(NOTHING);
-        assert!(!early.is_due(NOTHING, Lsn(1000), 0, || Lsn(1000 + BULK - 1)));
-        assert_eq!(early.next_look_ms(0), u64::MAX);
-        assert!(early.is_due(NOTHING, Lsn(1000), 5, || Lsn(1000 + BULK)));
-        assert_eq!(early.next_look_ms(6), 6 + POLL_MS);
-        assert_eq!(early.next_look_ms(5 + FLOWS_FOR_MS), u64::MAX);
+        assert!(!early.is_due(situation(NOTHING, at(0)), || Lsn(1000 + BULK - 1)));
+        assert_eq!(early.next_look_ms(at(0)), None);
+        assert!(early.is_due(situation(NOTHING, at(5)), || Lsn(1000 + BULK)));
+        assert_eq!(early.next_look_ms(at(6)), Some(POLL_MS));
+        assert_eq!(early.next_look_ms(at(5) + FLOWS_FOR), None);
     }
 
     #[test]
     fn a_hint_counts_once_and_when_its_record_has_come() {
         let mut early = EarlyPush::new(NOTHING);
-        let hint = Hint {
+        let one = Hint {
             count: 8,
             lsn: Lsn(2000),
         };
-        assert!(early.is_due(hint, Lsn(1000), 0, || Lsn(2001)));
-        assert!(!early.is_due(hint, Lsn(2001), 0, || Lsn(2001)));
-        let late = Hint { count: 9, ..hint };
-        assert!(!early.is_due(late, Lsn(2000), 0, || Lsn(2000)));
-        assert!(!early.is_due(late, Lsn(2000), 0, || Lsn(2001)), "given up");
+        assert!(early.is_due(situation(one, at(0)), || Lsn(2001)));
+        assert!(!early.is_due(situation(one, at(1)), || Lsn(2001)));
+        let late = Hint { count: 9, ..one };
+        assert!(!early.is_due(situation(late, at(2)), || Lsn(2000)));
+        assert!(
+            !early.is_due(situation(late, at(3)), || Lsn(2001)),
+            "given up"
+        );
+        // Of two one has come.
+        let two = Hint { count: 11, ..one };
+        assert!(early.is_due(situation(two, at(4)), || Lsn(1500)));
+    }
+
+    #[test]
+    fn while_the_members_flush_commits_gather() {
+        let mut early = EarlyPush::new(NOTHING);
+        early.pushed(Lsn(1100), at(1000));
+        let one = Hint {
+            count: 8,
+            lsn: Lsn(2000),
+        };
+        let come = || Lsn(2001);
+        assert!(!early.is_due(situation(one, at(1299)), come));
+        let answered = Situation {
+            commit_lsn: Lsn(1100),
+            ..situation(one, at(1200))
+        };
+        assert!(early.is_due(answered, come), "the hint has waited");
+        // An answer that is late is not waited for.
+        early.pushed(Lsn(2001), at(1200));
+        let next = Hint { count: 9, ..one };
+        assert!(!early.is_due(situation(next, at(1499)), come));
+        assert!(early.is_due(situation(next, at(1500)), come));
     }
 
     #[test]

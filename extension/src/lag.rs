@@ -43,6 +43,11 @@ impl Lag {
         }
     }
 
+    /// The last one measured; `None` before the first.
+    pub fn last(&self) -> Option<Duration> {
+        self.last
+    }
+
     /// The last one measured; `None` before the first. If more has been waiting for longer than
     /// that, the wait so far.
     pub fn current(&self, now: Duration) -> Option<Duration> {

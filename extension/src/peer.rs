@@ -26,7 +26,7 @@ use safekeeper_protocol::codec::{
 };
 use safekeeper_protocol::{AcceptorMessage, Append, ProposerMessage};
 
-use crate::connect::{Dial, Dialled, connect_in_background};
+use crate::connect::{Connected, Dial, Dialled, connect_in_background};
 use crate::pgwire::{Inbox, Outbox, WireError};
 use crate::threads::Waker;
 
@@ -75,6 +75,7 @@ pub struct Peer {
     /// In a row, without a connection that lived.
     failures: u32,
     connections: u64,
+    round_trip: Duration,
     last_error: String,
     /// The last reason that was logged.
     reported: String,
@@ -88,6 +89,7 @@ impl Peer {
             link: Link::Down { until_ms: 0 },
             failures: 0,
             connections: 0,
+            round_trip: Duration::ZERO,
             last_error: String::new(),
             reported: String::new(),
             random: RandomState::new(),
@@ -107,6 +109,11 @@ impl Peer {
     /// state, not by this.
     pub fn last_error(&self) -> &str {
         &self.last_error
+    }
+
+    /// From a question to its answer, when the connection was opened.
+    pub fn round_trip(&self) -> Duration {
+        self.round_trip
     }
 
     pub fn is_up(&self) -> bool {
@@ -155,8 +162,9 @@ impl Peer {
             }
             Ok(Dialled::Panicked(text)) => DialEvent::Panicked(text),
             Ok(Dialled::Failed(reason)) => DialEvent::Failed(reason),
-            Ok(Dialled::Connected(stream)) => {
+            Ok(Dialled::Connected(Connected { stream, round_trip })) => {
                 self.connections += 1;
+                self.round_trip = round_trip;
                 self.link = Link::Up(Box::new(Connection {
                     stream,
                     inbox: Inbox::default(),

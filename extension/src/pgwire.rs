@@ -21,6 +21,7 @@
 
 use std::fmt;
 use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::time::{Duration, Instant};
 
 use safekeeper_protocol::codec::MESSAGE_LEN_MAX;
 
@@ -98,8 +99,9 @@ pub enum WireError {
 }
 
 /// Opens a connection for pushing WAL on a stream that blocks, with a time-out set on it. Not a
-/// byte is read beyond the last message.
-pub fn start_wal_push(stream: &mut (impl Read + Write), user: &str) -> Result<(), WireError> {
+/// byte is read beyond the last message. Returns how long the last question took to be answered, for
+/// which the safekeeper asks no disk.
+pub fn start_wal_push(stream: &mut (impl Read + Write), user: &str) -> Result<Duration, WireError> {
     stream.write_all(&startup_message(user))?;
     while let (kind, body) = read_message(stream)?
         && kind != b'Z'
@@ -115,9 +117,10 @@ pub fn start_wal_push(stream: &mut (impl Read + Write), user: &str) -> Result<()
             return Err(WireError::Unexpected(kind));
         }
     }
+    let asked = Instant::now();
     stream.write_all(&message(b'Q', b"START_WAL_PUSH\0"))?;
     match read_message(stream)? {
-        (b'W', _) => Ok(()),
+        (b'W', _) => Ok(asked.elapsed()),
         (kind, _) => Err(WireError::Unexpected(kind)),
     }
 }

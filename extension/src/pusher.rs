@@ -92,6 +92,8 @@ pub struct Pusher {
     is_streaming: bool,
     /// The last turn ended before all that could be sent was.
     more_to_send: bool,
+    /// To the last member of the nearest majority and back.
+    round_trip: Duration,
     /// WAL was sent, or a commit came, since the views were written.
     wal_moved: bool,
     published_ms: u64,
@@ -196,12 +198,11 @@ impl Pusher {
             Standing::Running => attach_buffers(format),
             _ => None,
         };
-        let hint = shmem::commit_hints().map(|hints| hints.latest());
         Pusher {
             proposer,
             members: members(settings),
             local_wal: WalReader::new(buffers, files),
-            early_push: EarlyPush::new(hint.unwrap_or_default()),
+            early_push: EarlyPush::new(shmem::latest_hint()),
             comparison: None,
             actions,
             spare_actions: Vec::new(),
@@ -220,6 +221,7 @@ impl Pusher {
             lag: Lag::default(),
             is_streaming: false,
             more_to_send: false,
+            round_trip: Duration::ZERO,
             wal_moved: false,
             published_ms: 0,
             slot: None,
@@ -287,14 +289,12 @@ impl Pusher {
         };
         let feeds = self.members.iter().enumerate().filter(in_need);
         let feeds = feeds.map(|(_, member)| member.feed.next_attempt_ms());
-        let now_ms = self.now_ms();
-        let due = [
-            self.next_tick_ms(),
-            self.early_push.next_look_ms(now_ms),
-            self.publish_due_ms(),
-        ];
+        let due = [self.next_tick_ms(), self.publish_due_ms()];
         let next_ms = dials.chain(feeds).chain(due).fold(u64::MAX, u64::min);
-        next_ms.saturating_sub(now_ms)
+        let look_ms = self.early_push.next_look_ms(self.started.elapsed());
+        next_ms
+            .saturating_sub(self.now_ms())
+            .min(look_ms.unwrap_or(u64::MAX))
     }
 
     fn next_tick_ms(&self) -> u64 {

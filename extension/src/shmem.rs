@@ -23,7 +23,7 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU64, AtomicUsize
 use pgrx::{pg_guard, pg_sys};
 use safekeeper_protocol::{Configuration, Lsn, WonTerm};
 
-use crate::early_push::CommitHints;
+use crate::early_push::{CommitHints, Hint};
 use crate::promotion::Board;
 use crate::start;
 use crate::stop::StopShared;
@@ -325,6 +325,10 @@ pub fn wait_for_gate() {
 
 pub fn commit_hints() -> Option<&'static CommitHints> {
     shared().map(|shared| &shared.hints)
+}
+
+pub fn latest_hint() -> Hint {
+    commit_hints().map_or_else(Hint::default, CommitHints::latest)
 }
 
 pub fn stop() -> Option<&'static StopShared> {

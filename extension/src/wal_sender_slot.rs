@@ -164,8 +164,36 @@ pub fn wake_on_flush(lsn: Lsn) -> bool {
 
 /// On 15 every flush sets the latch that the slot names.
 #[cfg(feature = "pg15")]
-pub fn wake_on_flush(_lsn: Lsn) -> bool {
-    true
+pub fn wake_on_flush(lsn: Lsn) -> bool {
+    // SAFETY: our own latch.
+    name_latch(unsafe { pg_sys::MyLatch }) || postgres::flushed_lsn() == lsn
+}
+
+/// A flush need not wake this process: something else will.
+pub fn sleep_through_flushes() {
+    #[cfg(feature = "pg15")]
+    name_latch(std::ptr::null_mut());
+    // SAFETY: undoes what was prepared, if anything.
+    #[cfg(not(feature = "pg15"))]
+    unsafe {
+        pg_sys::ConditionVariableCancelSleep();
+    }
+}
+
+/// In our slot. Whether it was there already.
+#[cfg(feature = "pg15")]
+fn name_latch(latch: *mut pg_sys::Latch) -> bool {
+    // SAFETY: our slot, which nobody else writes this field of, and read by others under its lock.
+    unsafe {
+        let slot = pg_sys::MyWalSnd;
+        if slot.is_null() || (*slot).latch == latch {
+            return true;
+        }
+        pg_sys::SpinLockAcquire(&raw mut (*slot).mutex);
+        (*slot).latch = latch;
+        pg_sys::SpinLockRelease(&raw mut (*slot).mutex);
+        false
+    }
 }
 
 /// Up to 17 a slot points to its process's latch. On 15 the server wakes WAL senders by it.

@@ -3,6 +3,8 @@
 //! A connection that fails is closed and dialled again by its [`Peer`](crate::peer::Peer); here it
 //! is told to the proposer and, if it is news, to the log.
 
+use std::time::Duration;
+
 use pgrx::PgSqlErrorCode;
 use safekeeper_protocol::{AcceptorMessage, PeerIdx};
 
@@ -28,6 +30,7 @@ impl Pusher {
             match peer.poll_dial(now_ms) {
                 DialEvent::Nothing => {}
                 DialEvent::Connected => {
+                    self.round_trip = self.round_trip_to_majority();
                     self.proposer
                         .on_connected(PeerIdx(at), now_ms, &mut self.actions);
                     self.carry_out();
@@ -36,6 +39,14 @@ impl Pusher {
                 DialEvent::Panicked(text) => thread_panicked(&text),
             }
         }
+    }
+
+    fn round_trip_to_majority(&self) -> Duration {
+        let up = self.members.iter().filter(|member| member.peer.is_up());
+        let mut times: Vec<Duration> = up.map(|member| member.peer.round_trip()).collect();
+        times.sort_unstable();
+        let last = times.get(self.members.len() / 2).or(times.last());
+        last.copied().unwrap_or_default()
     }
 
     pub(super) fn receive(&mut self, at: usize) {

@@ -8,6 +8,7 @@ use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
 use safekeeper_wal::canonical_end;
 
 use super::{Member, Pusher, thread_panicked};
+use crate::early_push::Situation;
 use crate::feed::FeedPanicked;
 use crate::local_wal::Origins;
 use crate::{postgres, settings, shmem};
@@ -44,21 +45,35 @@ impl Pusher {
         }
         let flush_lsn = postgres::flushed_lsn();
         let mut end_lsn = flush_lsn.max(self.positions.sent_lsn);
-        if let (Some(hints), Some(buffers)) = (shmem::commit_hints(), &self.local_wal.buffers)
+        let situation = self.situation(end_lsn);
+        let segment_size = self.format.segment_size;
+        let insert_lsn = || canonical_end(postgres::insert_lsn(), segment_size);
+        if let Some(buffers) = &self.local_wal.buffers
             && settings::read_wal_buffers()
             && self.proposer.is_leading()
+            && self.early_push.is_due(situation, insert_lsn)
         {
-            let now_ms = super::millis(self.started.elapsed());
-            let segment_size = self.format.segment_size;
-            let insert_lsn = || canonical_end(postgres::insert_lsn(), segment_size);
-            if self
-                .early_push
-                .is_due(hints.latest(), end_lsn, now_ms, insert_lsn)
-            {
-                end_lsn = end_lsn.max(buffers.inserted_lsn());
-            }
+            end_lsn = end_lsn.max(buffers.inserted_lsn());
+            self.early_push.pushed(end_lsn, situation.now);
         }
         LocalWal { end_lsn, flush_lsn }
+    }
+
+    fn situation(&self, sent_lsn: Lsn) -> Situation {
+        let answer_time = self.lag.last().unwrap_or_default();
+        Situation {
+            now: self.started.elapsed(),
+            hint: shmem::latest_hint(),
+            sent_lsn,
+            commit_lsn: self.proposer.commit_lsn(),
+            flush_time: answer_time.saturating_sub(self.round_trip),
+        }
+    }
+
+    /// Nothing is to be done before the members answer, which will wake us.
+    pub fn awaits_members(&self) -> bool {
+        self.early_push
+            .members_are_busy(&self.situation(self.positions.sent_lsn))
     }
 
     fn send(&mut self, at: usize, local: LocalWal) -> Result<(), String> {
