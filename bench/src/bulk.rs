@@ -26,12 +26,13 @@ const GIGABYTE: f64 = (1 << 30) as f64;
 pub fn measure(options: &Options, setups: &mut Setups, samples: &mut Samples) {
     let dir = TestDir::new_in(Path::new(MEMORY));
     let rows = Rows::write(&dir, options.bulk_megabytes << 20);
-    for round in 0..options.rounds {
+    for round in 0..options.few_rounds(5) {
         for kind in options.order(round) {
             let Some(setup) = setups.get(kind) else {
                 continue;
             };
             setup.primary.sql("create table bulk (id int, filler text)");
+            setup.primary.sql("checkpoint");
             setup.settle();
             let values = copy(setup, &rows);
             samples.add(PART, POINT, kind, round, values);
@@ -42,7 +43,8 @@ pub fn measure(options: &Options, setups: &mut Setups, samples: &mut Samples) {
 
 fn copy(setup: &Setup, rows: &Rows) -> Vec<(&'static str, f64)> {
     let statement = format!("copy bulk from '{}'", rows.file.display());
-    let (cpu, senders) = (setup.cpu(), setup.cpu_of_senders());
+    let senders = setup.senders();
+    let cost = setup.cost(&senders);
     let before = setup.primary.lsn("select pg_current_wal_insert_lsn()");
     let ended = AtomicBool::new(false);
     let (seconds, memory) = thread::scope(|scope| {
@@ -57,13 +59,14 @@ fn copy(setup: &Setup, rows: &Rows) -> Vec<(&'static str, f64)> {
     });
     let after = setup.primary.lsn("select pg_current_wal_insert_lsn()");
     let wal = (after - before) as f64;
-    let (cpu, senders) = (setup.cpu() - cpu, setup.cpu_of_senders() - senders);
+    let cost = setup.cost(&senders).since(cost);
+    let per_gigabyte = |seconds: f64| seconds / wal * GIGABYTE;
     assert!(setup.all_follow(), "a member of {} was lost", setup.kind);
     let mut values = vec![
         ("wal_mb_per_s", wal / MEGABYTE / seconds),
         ("data_mb_per_s", rows.bytes as f64 / MEGABYTE / seconds),
-        ("cpu_s_per_gb", cpu.0 / wal * GIGABYTE),
-        ("cpu_senders_s_per_gb", senders.0 / wal * GIGABYTE),
+        ("cpu_s_per_gb", per_gigabyte(cost.all())),
+        ("cpu_senders_s_per_gb", per_gigabyte(cost.senders)),
     ];
     values.extend(memory.values());
     values
@@ -80,13 +83,21 @@ impl Peak {
     /// Looks until it is told to end.
     pub fn watch(setup: &Setup, ended: &AtomicBool) -> Peak {
         let mut peak = Peak::default();
-        while !ended.load(Ordering::Relaxed) {
-            let senders = setup.senders().into_iter().map(Memory::of);
+        let mut senders = Vec::new();
+        for look in 0.. {
+            // Finding them costs more than looking at them, and they seldom change.
+            if look % 10 == 0 {
+                senders = setup.senders();
+            }
+            let together = senders.iter().map(|pid| Memory::of(*pid));
             peak.senders = peak
                 .senders
-                .max(senders.fold(Memory::default(), Memory::plus));
+                .max(together.fold(Memory::default(), Memory::plus));
             for member in setup.members.iter().filter(|member| member.runs()) {
                 peak.member = peak.member.max(Memory::of(member.pid()));
+            }
+            if ended.load(Ordering::Relaxed) {
+                break;
             }
             thread::sleep(Duration::from_millis(50));
         }

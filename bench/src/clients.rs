@@ -6,11 +6,12 @@
 use crate::options::Options;
 use crate::pgbench;
 use crate::samples::Samples;
-use crate::setups::Setups;
+use crate::setups::{Setup, Setups};
 
 pub const PART: &str = "clients";
 
 pub fn measure(options: &Options, setups: &mut Setups, samples: &mut Samples) {
+    setups.iter().for_each(Setup::write_page_images);
     for round in 0..options.rounds {
         for clients in &options.clients {
             for kind in options.order(round) {

@@ -19,7 +19,7 @@ use crate::fsync_time;
 use crate::options::Options;
 use crate::pgbench::{self, Run};
 use crate::samples::Samples;
-use crate::setups::{Hosts, Kind, Setups};
+use crate::setups::{Hosts, Kind, Setup, Setups};
 use crate::slow_link;
 use cluster_tests::slow_disk::SlowDisk;
 
@@ -88,14 +88,15 @@ pub fn measure(options: &Options, samples: &mut Samples) {
 
 fn measure_there(options: &Options, hosts: Hosts, points: &[Point], samples: &mut Samples) {
     let mut setups = Setups::start(options, &options.setups, hosts);
+    setups.iter().for_each(Setup::write_page_images);
     let times: Vec<_> = points.iter().map(|point| look(*point, &setups)).collect();
     // Nothing here depends on a disk: short runs lie close together.
-    for round in 0..options.rounds.min(3) {
+    for round in 0..options.few_rounds(3) {
         for (point, times) in points.iter().zip(&times) {
             for clients in options.clients.iter().filter(|clients| **clients <= 8) {
                 let mut runs = Vec::new();
                 for kind in options.order(round) {
-                    let run = run(&mut setups, kind, *point, times, *clients, options.time / 2);
+                    let run = run(&mut setups, kind, *point, times, *clients, options.time);
                     runs.push((kind, run));
                 }
                 add(samples, round, &name(*point, *clients), times, &runs);

@@ -15,8 +15,9 @@ pub struct Options {
     /// Where tables, plot and samples go.
     pub out: PathBuf,
     /// `None`: all parts.
-    pub only: Option<Part>,
+    only: Option<Vec<Part>>,
     pub setups: Vec<Kind>,
+    /// Of small transactions on one machine. See [`Options::few_rounds`].
     pub rounds: u32,
     /// Length of what is measured in one run of pgbench.
     pub time: Duration,
@@ -38,14 +39,10 @@ pub enum Part {
 impl Options {
     pub fn from_environment() -> Options {
         let quick = variable("QUICK").is_some_and(|value| value != "0");
-        let (rounds, seconds, megabytes) = if quick { (1, 3, 256) } else { (5, 8, 512) };
+        let (rounds, seconds, megabytes) = if quick { (1, 3, 256) } else { (9, 4, 512) };
         Options {
             out: variable("OUT").map_or_else(|| PathBuf::from("target/bench"), PathBuf::from),
-            only: variable("ONLY").map(|name| {
-                Part::named(&name).unwrap_or_else(|| {
-                    panic!("ONLY={name}: one of clients, bulk, slow, hosts, catchup")
-                })
-            }),
+            only: list("ONLY"),
             setups: list("SETUPS").unwrap_or_else(|| vec![Kind::Local, Kind::Stock, Kind::Ours]),
             rounds: number("ROUNDS").unwrap_or(rounds),
             time: Duration::from_secs(number("SECONDS_EACH").unwrap_or(seconds)),
@@ -57,7 +54,12 @@ impl Options {
     }
 
     pub fn wants(&self, part: Part) -> bool {
-        self.only.is_none_or(|only| only == part)
+        self.only.as_ref().is_none_or(|only| only.contains(&part))
+    }
+
+    /// Where a round takes long, or lies close to the next.
+    pub fn few_rounds(&self, most: u32) -> u32 {
+        self.rounds.min(most)
     }
 
     /// Those that were asked for, in an order that differs from round to round: a disk is slower
@@ -74,15 +76,17 @@ impl Options {
     }
 }
 
-impl Part {
-    fn named(name: &str) -> Option<Part> {
-        Some(match name {
+impl FromStr for Part {
+    type Err = &'static str;
+
+    fn from_str(name: &str) -> Result<Part, Self::Err> {
+        Ok(match name {
             "clients" => Part::Clients,
             "bulk" => Part::Bulk,
             "slow" => Part::Slow,
             "hosts" => Part::Hosts,
             "catchup" => Part::CatchUp,
-            _ => return None,
+            _ => return Err("one of clients, bulk, slow, hosts, catchup"),
         })
     }
 }

@@ -1,7 +1,6 @@
 //! One run of `pgbench -N`, and what it cost.
 //!
-//! Only a window within the run is measured: clients have connected, the first page images are
-//! written, and nobody has finished yet. Each transaction stands with its latency and the time of
+//! Only a window within the run is measured: all clients have connected, and nobody has finished yet. Each transaction stands with its latency and the time of
 //! its end in pgbench's log, which lies in memory; CPU times are read at both ends of the window.
 //! pgbench's own CPU time is not counted.
 
@@ -45,8 +44,7 @@ impl Run {
     }
 }
 
-/// Before the window: connections are made, and pages written for the first time since the
-/// checkpoint go into the WAL as a whole.
+/// Before the window: connections are made, caches filled.
 const WARM_UP: Duration = Duration::from_secs(1);
 
 pub fn run(setup: &Setup, clients: u32, time: Duration) -> Run {
@@ -58,9 +56,10 @@ pub fn run(setup: &Setup, clients: u32, time: Duration) -> Run {
 
     let pgbench = thread::spawn(move || run_ok(command));
     thread::sleep(WARM_UP);
-    let begin = Moment::now(setup);
+    let senders = setup.senders();
+    let (begin, cost_before) = (now(), setup.cost(&senders));
     thread::sleep(time);
-    let end = Moment::now(setup);
+    let (end, cost_after) = (now(), setup.cost(&senders));
     pgbench.join().expect("pgbench succeeds");
     assert!(
         setup.all_follow(),
@@ -68,42 +67,28 @@ pub fn run(setup: &Setup, clients: u32, time: Duration) -> Run {
         setup.kind
     );
 
-    let latencies = latencies_within(logs.path(), begin.time, end.time);
+    let latencies = latencies_within(logs.path(), begin, end);
     let commits = latencies.len() as f64;
     assert!(commits > 0.0, "no commit in {time:?} on {}", setup.kind);
     let at = |share: f64| latencies[(commits * share) as usize];
-    let per_10k = |cpu: fn(&Moment) -> f64| (cpu(&end) - cpu(&begin)) / commits * 10_000.0;
+    let cost = cost_after.since(cost_before);
+    let per_10k = |seconds: f64| seconds / commits * 10_000.0;
     Run {
-        tps: commits / (end.time - begin.time).as_secs_f64(),
+        tps: commits / (end - begin).as_secs_f64(),
         mean: latencies.iter().sum::<f64>() / commits,
         p50: at(0.5),
         p99: at(0.99),
-        cpu: per_10k(|at| at.primary + at.members),
-        cpu_primary: per_10k(|at| at.primary),
-        cpu_senders: per_10k(|at| at.senders),
-        cpu_members: per_10k(|at| at.members),
+        cpu: per_10k(cost.all()),
+        cpu_primary: per_10k(cost.primary),
+        cpu_senders: per_10k(cost.senders),
+        cpu_members: per_10k(cost.members),
     }
 }
 
-/// One end of the window.
-struct Moment {
-    /// Since the epoch, as pgbench's log has it.
-    time: Duration,
-    primary: f64,
-    senders: f64,
-    members: f64,
-}
-
-impl Moment {
-    fn now(setup: &Setup) -> Moment {
-        let time = SystemTime::now().duration_since(UNIX_EPOCH);
-        Moment {
-            time: time.expect("the clock is past 1970"),
-            primary: setup.cpu_of_primary().0,
-            senders: setup.cpu_of_senders().0,
-            members: setup.cpu_of_members().0,
-        }
-    }
+/// Since the epoch, as pgbench's log has it.
+fn now() -> Duration {
+    let time = SystemTime::now().duration_since(UNIX_EPOCH);
+    time.expect("the clock is past 1970")
 }
 
 /// In milliseconds, ascending.

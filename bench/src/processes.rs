@@ -4,63 +4,64 @@
 //! ended and been waited for. The kernel counts it by the nanosecond and tells it in ticks of 10 ms,
 //! each process rounded down by itself: over seconds that is little, and not on any side.
 
+use std::collections::HashMap;
 use std::fs;
-use std::ops::{Add, AddAssign, Sub};
 
-use cluster_tests::process::children_of;
+/// The CPU time of all processes, read in one go: a few milliseconds.
+pub struct CpuTimes(HashMap<u32, Entry>);
 
-/// Seconds of CPU time.
-#[derive(Clone, Copy, Debug, Default, PartialEq, PartialOrd)]
-pub struct CpuSeconds(pub f64);
+struct Entry {
+    parent: u32,
+    /// Seconds, all threads together.
+    own: f64,
+    /// Of children that have ended and been waited for, and of theirs.
+    ended: f64,
+}
 
-impl Add for CpuSeconds {
-    type Output = CpuSeconds;
-    fn add(self, other: CpuSeconds) -> CpuSeconds {
-        CpuSeconds(self.0 + other.0)
+impl CpuTimes {
+    pub fn now() -> CpuTimes {
+        // SAFETY: no memory is involved.
+        let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) } as f64;
+        let pids = fs::read_dir("/proc").expect("/proc is there").flatten();
+        let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+        CpuTimes(
+            pids.filter_map(|pid| Some((pid, Entry::read(pid, per_second)?)))
+                .collect(),
+        )
+    }
+
+    /// Seconds of a process alone.
+    pub fn of(&self, pid: u32) -> f64 {
+        self.0.get(&pid).map_or(0.0, |entry| entry.own)
+    }
+
+    /// Seconds of a process, all below it, and those of them that have ended.
+    pub fn of_tree(&self, pid: u32) -> f64 {
+        let children = self.0.iter().filter(|(_, entry)| entry.parent == pid);
+        let below: f64 = children.map(|(child, _)| self.of_tree(*child)).sum();
+        self.0
+            .get(&pid)
+            .map_or(0.0, |entry| entry.own + entry.ended)
+            + below
     }
 }
 
-impl AddAssign for CpuSeconds {
-    fn add_assign(&mut self, other: CpuSeconds) {
-        self.0 += other.0;
+impl Entry {
+    /// `None` if it has ended just now: then its time is its parent's.
+    fn read(pid: u32, per_second: f64) -> Option<Entry> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // The name stands in brackets and may contain any character, brackets too.
+        let mut fields = stat[stat.rfind(')')? + 1..].split_whitespace();
+        let parent = fields.nth(1)?.parse().ok()?;
+        // utime, stime, and then the same of children.
+        let mut ticks = fields.skip(9).filter_map(|field| field.parse::<f64>().ok());
+        let mut two = || Some((ticks.next()? + ticks.next()?) / per_second);
+        Some(Entry {
+            parent,
+            own: two()?,
+            ended: two()?,
+        })
     }
-}
-
-impl Sub for CpuSeconds {
-    type Output = CpuSeconds;
-    fn sub(self, other: CpuSeconds) -> CpuSeconds {
-        CpuSeconds(self.0 - other.0)
-    }
-}
-
-impl std::iter::Sum for CpuSeconds {
-    fn sum<I: Iterator<Item = CpuSeconds>>(all: I) -> CpuSeconds {
-        all.fold(CpuSeconds::default(), Add::add)
-    }
-}
-
-/// A process, all below it, and those of them that have ended.
-pub fn cpu_of_tree(pid: u32) -> CpuSeconds {
-    let below: CpuSeconds = children_of(pid).into_iter().map(cpu_of_tree).sum();
-    cpu(pid, 4) + below
-}
-
-/// A process alone, with all its threads.
-pub fn cpu_of(pid: u32) -> CpuSeconds {
-    cpu(pid, 2)
-}
-
-/// utime, stime, and then the same of children that were waited for.
-fn cpu(pid: u32, fields: usize) -> CpuSeconds {
-    // It may have ended just now; then its time is its parent's.
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // The name stands in brackets and may contain any character, brackets too.
-    let rest = stat.rfind(')').map_or("", |end| &stat[end + 1..]);
-    let ticks = rest.split_whitespace().skip(11).take(fields);
-    let ticks: f64 = ticks.filter_map(|tick| tick.parse::<f64>().ok()).sum();
-    // SAFETY: no memory is involved.
-    let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
-    CpuSeconds(ticks / per_second as f64)
 }
 
 /// Resident memory of a process in megabytes, by what the kernel says it is.
@@ -110,5 +111,29 @@ impl Memory {
             file: self.file.max(other.file),
             shared: self.shared.max(other.shared),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Spins for a moment, as a child that ends.
+    fn spin() {
+        let script = "i=0; while [ $i -lt 200000 ]; do i=$((i+1)); done";
+        let status = std::process::Command::new("sh")
+            .args(["-c", script])
+            .status();
+        assert!(status.unwrap().success());
+    }
+
+    #[test]
+    fn time_of_children_that_have_ended_counts_in_the_tree_only() {
+        let pid = std::process::id();
+        let before = CpuTimes::now();
+        spin();
+        let after = CpuTimes::now();
+        assert!(after.of_tree(pid) - before.of_tree(pid) >= 0.02);
+        assert!(after.of(pid) < after.of_tree(pid));
     }
 }

@@ -33,11 +33,10 @@ use cluster_tests::poll::{SOON, never_within, wait_until};
 use cluster_tests::postgres::Postgres;
 use cluster_tests::process::{Environment, Process};
 use cluster_tests::safekeeper::Safekeeper;
-use cluster_tests::{safekeepers_setting, system_id};
-use safekeeper_protocol::Lsn;
+use cluster_tests::safekeepers_setting;
 
 use crate::options::Options;
-use crate::processes::{CpuSeconds, cpu_of, cpu_of_tree};
+use crate::processes::CpuTimes;
 use crate::receiver::Receiver;
 use crate::slow_link::SlowLink;
 use cluster_tests::slow_disk::SlowDisk;
@@ -133,7 +132,6 @@ pub struct Setup {
     pub kind: Kind,
     pub primary: Postgres,
     pub members: Vec<Member>,
-    system_id: u64,
     /// `None` on one machine.
     disk: Option<SlowDisk>,
 }
@@ -160,12 +158,10 @@ impl Setup {
         if let Some(disk) = &disk {
             primary.set_environment(disk.environment());
         }
-        let system_id = system_id(&primary);
         let mut setup = Setup {
             kind,
             primary,
             members: Vec::new(),
-            system_id,
             disk,
         };
         match kind {
@@ -300,27 +296,26 @@ impl Setup {
         let what = format!("all members of {} have {lsn}", self.kind);
         // A slow member may be a gigabyte behind.
         wait_until(&what, 3 * SOON, || {
-            (0..self.members.len()).all(|index| self.member_flush_lsn(index) >= lsn)
+            self.members
+                .iter()
+                .all(|member| self.primary.lsn(&member.flush_lsn_query()) >= lsn)
         });
     }
 
-    /// What the member has told that it has flushed; 0/0 while nobody knows.
-    pub fn member_flush_lsn(&self, index: usize) -> Lsn {
-        match &self.members[index].program {
-            Program::Safekeeper(safekeeper) => safekeeper.lsn(self.system_id, "flush_lsn"),
-            Program::Receiver(receiver) => self.primary.lsn(&format!(
-                "select coalesce((select flush_lsn from pg_stat_replication
-                                  where application_name = '{}'), '0/0')",
-                receiver.name()
-            )),
-        }
+    /// What stands in the WAL since the last checkpoint decides what a commit writes: a page goes
+    /// there as a whole when it is first touched. So a checkpoint, and every page of pgbench's
+    /// large table is touched; from here on commits are small, and all alike.
+    pub fn write_page_images(&self) {
+        self.primary.sql("checkpoint");
+        self.primary
+            .sql("update pgbench_accounts set abalance = abalance where aid % 20 = 0");
     }
 
-    /// The same state before every run: members up to date, nothing dirty, nothing left to remove.
+    /// The same state before every run: members up to date, nothing old left to remove, nothing
+    /// dirty in the kernel.
     pub fn settle(&self) {
         self.wait_all_follow();
         self.wait_all_caught_up();
-        self.primary.sql("checkpoint");
         for member in &self.members {
             if let Program::Receiver(receiver) = &member.program {
                 receiver.remove_old_wal();
@@ -340,20 +335,6 @@ impl Setup {
         self.disk.as_ref().expect("an emulated host").set(primary);
     }
 
-    /// All processes: the server with whatever it has started, and the members.
-    pub fn cpu(&self) -> CpuSeconds {
-        self.cpu_of_primary() + self.cpu_of_members()
-    }
-
-    pub fn cpu_of_primary(&self) -> CpuSeconds {
-        cpu_of_tree(self.primary.process().id())
-    }
-
-    pub fn cpu_of_members(&self) -> CpuSeconds {
-        let pids = self.members.iter().map(Member::pid);
-        pids.map(cpu_of_tree).sum()
-    }
-
     /// The processes of the primary whose only work is to send WAL.
     pub fn senders(&self) -> Vec<u32> {
         match self.kind {
@@ -363,8 +344,39 @@ impl Setup {
         }
     }
 
-    pub fn cpu_of_senders(&self) -> CpuSeconds {
-        self.senders().into_iter().map(cpu_of).sum()
+    /// What it has cost up to now. These senders are taken for all there are.
+    pub fn cost(&self, senders: &[u32]) -> Cost {
+        let times = CpuTimes::now();
+        let members = self.members.iter().filter(|member| member.runs());
+        Cost {
+            primary: times.of_tree(self.primary.process().id()),
+            senders: senders.iter().map(|pid| times.of(*pid)).sum(),
+            members: members.map(|member| times.of_tree(member.pid())).sum(),
+        }
+    }
+}
+
+/// CPU seconds of all processes of a setup.
+#[derive(Clone, Copy)]
+pub struct Cost {
+    /// The server with whatever it has started, the senders too.
+    pub primary: f64,
+    /// Those processes of the primary that only send WAL.
+    pub senders: f64,
+    pub members: f64,
+}
+
+impl Cost {
+    pub fn all(self) -> f64 {
+        self.primary + self.members
+    }
+
+    pub fn since(self, earlier: Cost) -> Cost {
+        Cost {
+            primary: self.primary - earlier.primary,
+            senders: self.senders - earlier.senders,
+            members: self.members - earlier.members,
+        }
     }
 }
 
@@ -394,6 +406,20 @@ impl Member {
         self.process().id()
     }
 
+    /// What it has told the primary that it has flushed; 0/0 while it is away.
+    pub fn flush_lsn_query(&self) -> String {
+        let row = match &self.program {
+            Program::Safekeeper(safekeeper) => {
+                format!("pg_stat_safekeeper where id = {}", safekeeper.id)
+            }
+            Program::Receiver(receiver) => {
+                let name = receiver.name();
+                format!("pg_stat_replication where application_name = '{name}'")
+            }
+        };
+        format!("select coalesce((select flush_lsn from {row}), '0/0')")
+    }
+
     fn process(&self) -> &Process {
         match &self.program {
             Program::Receiver(receiver) => receiver.process(),
@@ -420,7 +446,7 @@ fn environment(disk: Option<&SlowDisk>) -> Environment {
     disk.map(SlowDisk::environment).unwrap_or_default()
 }
 
-/// After a checkpoint and a sync; what the disk still does by itself shall not be measured.
+/// After a sync; what the disk still does by itself shall not be measured.
 const SETTLE: Duration = Duration::from_millis(500);
 
 /// Of every server. Background work that would fall into some runs and not into others is put off.

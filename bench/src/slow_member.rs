@@ -28,9 +28,10 @@ pub fn measure(options: &Options, samples: &mut Samples) {
         .collect();
     let mut setups = Setups::start(options, &kinds, Hosts::Emulated);
     for setup in setups.iter() {
+        setup.write_page_images();
         setup.set_flush_time(FLUSH, FLUSH);
     }
-    for round in 0..options.rounds {
+    for round in 0..options.few_rounds(5) {
         for kind in options.order(round) {
             let Some(setup) = setups.get(kind) else {
                 continue;

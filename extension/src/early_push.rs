@@ -11,7 +11,8 @@
 //! backend, in the last place where an extension is called before the commit record: a little too
 //! early. What is sent then would go without the record, and a second message would be needed. So the
 //! worker looks until a record has come, for as long as has paid off lately, and leaves the processor
-//! to others between two looks. If none comes, the server's own wake-up is soon enough.
+//! to others between two looks. If none comes, the server's own wake-up, after the flush, is mostly soon
+//! enough; should the disk be slow, it looks again after a millisecond, then two, four and so on.
 //!
 //! Commits that come while the members flush would have to wait for that anyway: they gather, and go
 //! out together when the quorum has answered. Where the way is long compared to a flush, one message is
@@ -88,6 +89,14 @@ pub struct EarlyPush {
     /// WAL flows: look for it until then.
     flows_until: Duration,
     last: Option<Pushed>,
+    missed: Option<Missed>,
+}
+
+/// A hint whose record has not come in time.
+struct Missed {
+    lsn: Lsn,
+    /// Until the next look for it.
+    pause_ms: u64,
 }
 
 /// WAL that was pushed early, to the end of a record.
@@ -112,6 +121,9 @@ pub struct Situation {
 const BULK: u64 = 128 * 1024;
 /// While it flows, it is looked for so often.
 const POLL_MS: u64 = 2;
+/// A record that has been awaited for so long, in pauses that double, will not come: its transaction
+/// has failed.
+const PAUSE_MS_MAX: u64 = 512;
 /// When nothing has come for so long, it has ceased to flow.
 const FLOWS_FOR: Duration = Duration::from_millis(20);
 
@@ -122,6 +134,7 @@ impl EarlyPush {
             patience: Patience::new(),
             flows_until: Duration::ZERO,
             last: None,
+            missed: None,
         }
     }
 
@@ -134,12 +147,35 @@ impl EarlyPush {
             return true;
         }
         let hints = it.hint.count - self.seen;
-        if hints == 0 || self.members_are_busy(&it) {
+        if self.members_are_busy(&it) {
             return false;
         }
+        if hints == 0 {
+            return self.has_come_late(&it, insert_lsn());
+        }
         self.seen = it.hint.count;
+        self.missed = None;
         // Some of several have come; the last of them may take its time.
-        hints > 1 && gathered > 0 || self.patience.spin_until(|| insert_lsn() > it.hint.lsn)
+        let has_come =
+            hints > 1 && gathered > 0 || self.patience.spin_until(|| insert_lsn() > it.hint.lsn);
+        if !has_come {
+            let (lsn, pause_ms) = (it.hint.lsn, 1);
+            self.missed = Some(Missed { lsn, pause_ms });
+        }
+        has_come
+    }
+
+    fn has_come_late(&mut self, it: &Situation, insert_lsn: Lsn) -> bool {
+        let Some(missed) = &mut self.missed else {
+            return false;
+        };
+        let has_come = insert_lsn > missed.lsn;
+        missed.pause_ms *= 2;
+        if has_come || missed.pause_ms > PAUSE_MS_MAX {
+            self.missed = None;
+        }
+        // It may have been flushed, and sent for that.
+        has_come && insert_lsn > it.sent_lsn
     }
 
     pub fn pushed(&mut self, end_lsn: Lsn, now: Duration) {
@@ -156,7 +192,8 @@ impl EarlyPush {
 
     /// When to look again though nobody calls; `None` if that need not be.
     pub fn next_look_ms(&self, now: Duration) -> Option<u64> {
-        (now < self.flows_until).then_some(POLL_MS)
+        let flows = (now < self.flows_until).then_some(POLL_MS);
+        flows.or(self.missed.as_ref().map(|missed| missed.pause_ms))
     }
 }
 
@@ -240,12 +277,20 @@ mod tests {
         assert!(!early.is_due(situation(one, at(1)), || Lsn(2001)));
         let late = Hint { count: 9, ..one };
         assert!(!early.is_due(situation(late, at(2)), || Lsn(2000)));
-        assert!(
-            !early.is_due(situation(late, at(3)), || Lsn(2001)),
-            "given up"
-        );
+        assert_eq!(early.next_look_ms(at(2)), Some(1));
+        assert!(!early.is_due(situation(late, at(3)), || Lsn(2000)));
+        assert_eq!(early.next_look_ms(at(3)), Some(2));
+        assert!(early.is_due(situation(late, at(4)), || Lsn(2001)));
+        assert_eq!(early.next_look_ms(at(4)), None);
+        // One that never comes is given up.
+        let failed = Hint { count: 10, ..one };
+        let looks = (0..100).take_while(|&us| {
+            assert!(!early.is_due(situation(failed, at(us)), || Lsn(2000)));
+            early.next_look_ms(at(us)).is_some()
+        });
+        assert_eq!(looks.count(), 10);
         // Of two one has come.
-        let two = Hint { count: 11, ..one };
+        let two = Hint { count: 12, ..one };
         assert!(early.is_due(situation(two, at(4)), || Lsn(1500)));
     }
 

@@ -41,6 +41,8 @@ pub struct WalReader<R> {
     /// None: from files only.
     pub buffers: Option<R>,
     pub files: WalSource,
+    /// What is written is read from files, though it may still be in the buffers.
+    pub prefers_files: bool,
     /// What was read last: WAL from `begin_lsn` on.
     chunk: Vec<u8>,
     begin_lsn: Lsn,
@@ -53,6 +55,7 @@ impl<R: RecentWal> WalReader<R> {
         WalReader {
             buffers,
             files,
+            prefers_files: false,
             chunk: Vec::new(),
             begin_lsn: Lsn::INVALID,
             origins: Vec::new(),
@@ -94,8 +97,10 @@ impl<R: RecentWal> WalReader<R> {
         while lsn < end_lsn {
             let rest = &mut chunk[(lsn.0 - begin_lsn.0) as usize..];
             let copied = match &self.buffers {
-                Some(buffers) => buffers.read(lsn, rest),
-                None => 0,
+                Some(buffers) if !self.prefers_files || lsn >= buffers.written_lsn() => {
+                    buffers.read(lsn, rest)
+                }
+                _ => 0,
             };
             let from_buffers = copied > 0;
             lsn = match from_buffers {

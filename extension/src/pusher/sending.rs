@@ -44,12 +44,13 @@ impl Pusher {
             };
         }
         let flush_lsn = postgres::flushed_lsn();
+        self.local_wal.prefers_files = !settings::read_wal_buffers();
         let mut end_lsn = flush_lsn.max(self.positions.sent_lsn);
         let situation = self.situation(end_lsn);
         let segment_size = self.format.segment_size;
         let insert_lsn = || canonical_end(postgres::insert_lsn(), segment_size);
         if let Some(buffers) = &self.local_wal.buffers
-            && settings::read_wal_buffers()
+            && !self.local_wal.prefers_files
             && self.proposer.is_leading()
             && self.early_push.is_due(situation, insert_lsn)
         {
