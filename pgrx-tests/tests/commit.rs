@@ -28,6 +28,21 @@ fn after_a_minute_of_pgbench_the_wal_on_all_three_equals_pg_wal() {
     }
 }
 
+/// Whatever flushes WAL wakes the worker, however the server does that: here nothing else would before
+/// the test gives up, since heartbeats are hours apart. Again and again, in case one comes at a bad time.
+#[test]
+fn every_flush_wakes_the_worker() {
+    let cluster = Cluster::start_with("walproposer.member_timeout = '1h'", &[]);
+    cluster.primary.sql("create table t (a int)");
+    for _ in 0..50 {
+        let commit = cluster.commit_in_background("insert into t values (1)");
+        commit.wait(SOON).expect("a quorum is there");
+        // Its WAL is no transaction's.
+        cluster.primary.sql("checkpoint");
+        cluster.wait_all_caught_up(SOON);
+    }
+}
+
 /// One down: commits go on. Two down: commits wait, reads go on. Back: they finish. The views tell
 /// the truth at each step.
 #[test]
