@@ -180,7 +180,7 @@ impl Peer {
     /// One read from the socket: `true` if there may be more.
     pub fn receive(&mut self) -> Result<bool, PeerError> {
         match &mut self.link {
-            Link::Up(up) => Ok(up.inbox.fill(&mut up.stream)?),
+            Link::Up(up) => Ok(up.inbox.fill(&mut up.stream)? && !up.inbox.is_drained()),
             _ => Ok(false),
         }
     }

@@ -205,9 +205,16 @@ pub struct Inbox {
     /// The part of `buffer` that holds bytes.
     begin: usize,
     end: usize,
+    /// The last read has left nothing behind, as far as it could know.
+    is_drained: bool,
 }
 
 impl Inbox {
+    /// Did the last read get less than it had room for?
+    pub fn is_drained(&self) -> bool {
+        self.is_drained
+    }
+
     /// One read from `stream`. `false` if there is nothing (it does not block, or timed out).
     pub fn fill(&mut self, stream: &mut impl Read) -> Result<bool, WireError> {
         if self.begin == self.end {
@@ -226,6 +233,7 @@ impl Inbox {
                 Ok(0) => return Err(WireError::Closed),
                 Ok(n) => {
                     self.end += n;
+                    self.is_drained = self.end < self.buffer.len();
                     return Ok(true);
                 }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}

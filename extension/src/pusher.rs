@@ -92,6 +92,8 @@ pub struct Pusher {
     is_streaming: bool,
     /// The last turn ended before all that could be sent was.
     more_to_send: bool,
+    /// News of the last commit goes out by itself from then on.
+    news_due_ms: u64,
     /// To the last member of the nearest majority and back.
     round_trip: Duration,
     /// WAL was sent, or a commit came, since the views were written.
@@ -118,6 +120,8 @@ struct Member {
     peer: Peer,
     feed: Feed,
     lag: Lag,
+    /// The last `commit_lsn` that was sent.
+    told_lsn: Lsn,
 }
 
 impl Pusher {
@@ -221,6 +225,7 @@ impl Pusher {
             lag: Lag::default(),
             is_streaming: false,
             more_to_send: false,
+            news_due_ms: 0,
             round_trip: Duration::ZERO,
             wal_moved: false,
             published_ms: 0,
@@ -289,7 +294,8 @@ impl Pusher {
         };
         let feeds = self.members.iter().enumerate().filter(in_need);
         let feeds = feeds.map(|(_, member)| member.feed.next_attempt_ms());
-        let due = [self.next_tick_ms(), self.publish_due_ms()];
+        let news_ms = self.news_due_ms().unwrap_or(u64::MAX);
+        let due = [self.next_tick_ms(), self.publish_due_ms(), news_ms];
         let next_ms = dials.chain(feeds).chain(due).fold(u64::MAX, u64::min);
         let look_ms = self.early_push.next_look_ms(self.started.elapsed());
         next_ms
@@ -341,6 +347,7 @@ fn members(settings: &Settings) -> Vec<Member> {
         }),
         feed: Feed::default(),
         lag: Lag::default(),
+        told_lsn: Lsn::INVALID,
     };
     settings.safekeepers.iter().map(member).collect()
 }

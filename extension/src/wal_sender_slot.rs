@@ -169,6 +169,53 @@ pub fn wake_on_flush(lsn: Lsn) -> bool {
     name_latch(unsafe { pg_sys::MyLatch }) || postgres::flushed_lsn() == lsn
 }
 
+/// Does a commit wait for a standby's replay?
+pub fn somebody_waits_for_replay() -> bool {
+    // SAFETY: a structure in shared memory. Looked at without its lock: who joins meanwhile could as
+    // well have come later.
+    unsafe {
+        let queues = &raw const (*pg_sys::WalSndCtl).SyncRepQueue;
+        let queue = queues.cast::<Queue>().add(REPLAY_QUEUE);
+        let next = next_in(queue);
+        !next.is_null() && next != head_of(queue)
+    }
+}
+
+/// `SYNC_REP_WAIT_APPLY` in `syncrep.h`.
+const REPLAY_QUEUE: usize = 2;
+
+#[cfg(feature = "pg15")]
+type Queue = pg_sys::SHM_QUEUE;
+#[cfg(not(feature = "pg15"))]
+type Queue = pg_sys::dlist_head;
+
+/// # Safety
+/// `queue` is alive.
+#[cfg(feature = "pg15")]
+unsafe fn next_in(queue: *const Queue) -> *const Queue {
+    // SAFETY: by the caller; changed by others with one store.
+    unsafe { (&raw const (*queue).next).read_volatile() }
+}
+
+#[cfg(feature = "pg15")]
+fn head_of(queue: *const Queue) -> *const Queue {
+    queue
+}
+
+/// # Safety
+/// `queue` is alive.
+#[cfg(not(feature = "pg15"))]
+unsafe fn next_in(queue: *const Queue) -> *const pg_sys::dlist_node {
+    // SAFETY: by the caller; changed by others with one store.
+    unsafe { (&raw const (*queue).head.next).read_volatile() }
+}
+
+#[cfg(not(feature = "pg15"))]
+fn head_of(queue: *const Queue) -> *const pg_sys::dlist_node {
+    // The head of an empty list points to itself; it is the structure's only field.
+    queue.cast()
+}
+
 /// A flush need not wake this process: something else will.
 pub fn sleep_through_flushes() {
     #[cfg(feature = "pg15")]

@@ -26,7 +26,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, RenameFlags};
+use rustix::fs::{CWD, FallocateFlags, RenameFlags};
 
 /// What failed, and on which file: `could not sync wal/0000...02: Input/output error`.
 #[derive(Debug, thiserror::Error)]
@@ -118,6 +118,11 @@ pub trait DiskFile: Send + fmt::Debug {
     /// Cuts the file, or lengthens it by a hole.
     fn set_len(&self, len: u64) -> Result<()>;
     fn file_id(&self) -> Result<FileId>;
+    /// Gives an empty file room on the disk for `len` bytes, which read as zeros. False if this file
+    /// system can't do that without writing them.
+    fn allocate(&self, _len: u64) -> Result<bool> {
+        Ok(false)
+    }
 }
 
 /// A directory of the real file system.
@@ -318,6 +323,15 @@ impl DiskFile for RealFile {
     fn file_id(&self) -> Result<FileId> {
         let metadata = self.file.metadata().map_err(failed("stat", &self.path))?;
         Ok(file_id(&metadata))
+    }
+
+    fn allocate(&self, len: u64) -> Result<bool> {
+        use rustix::io::Errno;
+        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len) {
+            Ok(()) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
+            Err(errno) => Err(failed("allocate", &self.path)(errno.into())),
+        }
     }
 }
 

@@ -10,7 +10,8 @@
 //!
 //! Filling a segment takes as long as writing it does, and it is the same disk. It is worth it all
 //! the same: the commits in between do not wait for it, and a write that allocates nothing needs
-//! no journal when it is synced.
+//! no journal when it is synced. While WAL comes in bulk it is not: then the disk is what it waits for,
+//! flushes are few, and the next segments are only allocated.
 //!
 //! Two threads, one rule: **names of segments are given only under the lock, and only to what is
 //! still wanted**. Zeroing goes on outside the lock, under a name that means nothing. When the log
@@ -23,6 +24,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use safekeeper_wal::SegNo;
 
@@ -49,6 +51,8 @@ struct Plan {
     n_ready: u64,
     /// Grows whenever `next` is set other than by entering a ready one.
     turn: u64,
+    /// Ready segments that were entered so far.
+    n_entered: u64,
     /// Files of removed segments, to be filled again. No more than `N_AHEAD`.
     spares: Vec<PathBuf>,
     n_spares_made: u64,
@@ -94,6 +98,7 @@ impl Preparation {
             ..id
         });
         plan.n_ready -= 1;
+        plan.n_entered += 1;
         plan.no_space = false;
         self.changed.notify_all();
         Ok(())
@@ -143,8 +148,10 @@ impl Preparation {
     pub fn run(&self) {
         // A zeroed file that was not wanted any more when it was finished.
         let mut zeroed: Option<PathBuf> = None;
+        let mut pace = Pace::new(Instant::now());
         while let Some((id, turn, spare)) = self.wait_for_work(zeroed.is_some()) {
-            let result = self.prepare(id, turn, spare, &mut zeroed);
+            let is_bulk = pace.is_bulk(self.lock().n_entered, Instant::now());
+            let result = self.prepare(id, turn, spare, is_bulk, &mut zeroed);
             let mut plan = self.lock();
             match result {
                 Ok(()) => {}
@@ -167,13 +174,17 @@ impl Preparation {
         id: SegmentId,
         turn: u64,
         spare: Option<PathBuf>,
+        is_bulk: bool,
         zeroed: &mut Option<PathBuf>,
     ) -> Result<(), StorageError> {
         let tmp = match zeroed.take() {
             Some(tmp) => tmp,
             None => {
                 let tmp = spare.unwrap_or_else(|| self.segments.dir().join("prepare.tmp"));
-                self.segments.make_zeroed(&tmp)?;
+                match is_bulk {
+                    true => self.segments.make_allocated(&tmp)?,
+                    false => self.segments.make_zeroed(&tmp)?,
+                }
                 tmp
             }
         };
@@ -221,11 +232,59 @@ impl Preparation {
     }
 }
 
+/// How fast segments are entered.
+struct Pace {
+    n_entered: u64,
+    since: Instant,
+}
+
+/// One segment in less than this is bulk: commits alone fill one of 16 MB in seconds.
+const BULK: Duration = Duration::from_millis(300);
+
+impl Pace {
+    fn new(now: Instant) -> Pace {
+        Pace {
+            n_entered: 0,
+            since: now,
+        }
+    }
+
+    /// `n_entered` segments have been entered by now. As things have been since this was last asked.
+    fn is_bulk(&mut self, n_entered: u64, now: Instant) -> bool {
+        let entered = n_entered - self.n_entered;
+        let passed = now - self.since;
+        *self = Pace {
+            n_entered,
+            since: now,
+        };
+        u32::try_from(entered).is_ok_and(|entered| passed < BULK * entered)
+    }
+}
+
 impl Plan {
     /// The segment that is to be made ready next, if one is due.
     fn wanted(&self) -> Option<SegmentId> {
         let next = self.next.filter(|_| !self.no_space)?;
         let segno: SegNo = next.segno + self.n_ready;
         (self.n_ready < N_AHEAD).then_some(SegmentId { segno, ..next })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bulk_is_told_from_commits_by_how_fast_segments_are_entered() {
+        let begin = Instant::now();
+        let at = |ms| begin + Duration::from_millis(ms);
+        let mut pace = Pace::new(begin);
+        // At the start two are made, and none has been entered.
+        assert!(!pace.is_bulk(0, at(0)));
+        assert!(!pace.is_bulk(0, at(50)));
+        assert!(!pace.is_bulk(1, at(5000)), "commits");
+        assert!(pace.is_bulk(2, at(5100)), "bulk");
+        assert!(pace.is_bulk(5, at(5800)), "three in 700 ms");
+        assert!(!pace.is_bulk(6, at(6100)), "commits again");
     }
 }

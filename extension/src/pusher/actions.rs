@@ -13,7 +13,10 @@ use super::{Pusher, thread_panicked};
 use crate::compare::{Comparison, ComparisonEvent, Stretch};
 use crate::donor::DonorRequest;
 use crate::local_log::store_local_history;
-use crate::{postgres, shmem};
+use crate::{postgres, shmem, wal_sender_slot};
+
+/// Most of the commits of a busy server are followed by more WAL within this time.
+const NEWS_MS: u64 = 2;
 
 impl Pusher {
     pub(super) fn carry_out(&mut self) {
@@ -105,6 +108,10 @@ impl Pusher {
         // Backends look here when their wait ends: so this comes first.
         shmem::set_commit_lsn(commit_lsn);
         self.positions.commit_lsn = commit_lsn;
+        self.news_due_ms = match wal_sender_slot::somebody_waits_for_replay() {
+            true => 0,
+            false => self.now_ms() + NEWS_MS,
+        };
         self.release_commits(now);
         if shmem::open_gate_at(commit_lsn) {
             postgres::log("the recovered WAL is on the quorum: sessions are let in");

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use pgrx::PgSqlErrorCode;
-use safekeeper_protocol::{AcceptorMessage, PeerIdx};
+use safekeeper_protocol::{AcceptorMessage, Lsn, PeerIdx};
 
 use super::{Pusher, thread_panicked};
 use crate::peer::DialEvent;
@@ -103,6 +103,7 @@ impl Pusher {
         }
         member.feed.stop();
         member.lag.forget();
+        member.told_lsn = Lsn::INVALID;
         if was_up {
             self.proposer.on_disconnected(PeerIdx(at), now_ms);
         }

@@ -40,6 +40,8 @@ impl Pusher {
     /// Ends all connections when the members have taken what was sent, the news of the last commit
     /// above all.
     pub fn say_goodbye(&mut self) {
+        self.news_due_ms = 0;
+        self.send_all();
         for member in &mut self.members {
             member.peer.say_goodbye(GOODBYE);
         }

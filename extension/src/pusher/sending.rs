@@ -3,6 +3,9 @@
 //!
 //! WAL goes out before it is flushed here, as soon as it is worth a message (`early_push.rs`): the
 //! members flush it at the same time as this server does. What is flushed goes out in any case.
+//!
+//! News of a commit travels with the next WAL. Where none follows, it goes by itself after a moment; at
+//! once if somebody waits for standbys to replay.
 
 use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
 use safekeeper_wal::canonical_end;
@@ -71,6 +74,18 @@ impl Pusher {
         }
     }
 
+    /// When members are to be told of a commit of which none has told them yet; `None` if they know.
+    pub(super) fn news_due_ms(&self) -> Option<u64> {
+        let commit_lsn = self.proposer.commit_lsn();
+        let mut members = self.members.iter().enumerate();
+        let some_lacks_it = members.any(|(at, member)| {
+            member.told_lsn < commit_lsn
+                && member.peer.can_take_append()
+                && self.proposer.next_lsn(PeerIdx(at)).is_some()
+        });
+        some_lacks_it.then_some(self.news_due_ms)
+    }
+
     /// Nothing is to be done before the members answer, which will wake us.
     pub fn awaits_members(&self) -> bool {
         self.early_push
@@ -92,6 +107,9 @@ impl Pusher {
             };
             let (end_lsn, place) = self.at_hand(at, next_lsn, local.end_lsn)?;
             let now_ms = self.now_ms();
+            if end_lsn <= next_lsn && now_ms < self.news_due_ms {
+                return Ok(());
+            }
             let at_hand = LocalWal { end_lsn, ..local };
             let Some(append) = self.proposer.next_append(peer, at_hand, now_ms) else {
                 return Ok(());
@@ -134,7 +152,12 @@ impl Pusher {
     }
 
     fn send_append(&mut self, at: usize, append: &Append, place: Place) -> Result<(), String> {
-        let Member { peer, feed, lag } = &mut self.members[at];
+        let Member {
+            peer,
+            feed,
+            lag,
+            told_lsn,
+        } = &mut self.members[at];
         let Append { begin_lsn, len, .. } = *append;
         let (wal, origins) = match place {
             // A heartbeat: nothing need be at hand.
@@ -149,6 +172,7 @@ impl Pusher {
         };
         peer.send_append(append, wal)
             .map_err(|error| error.to_string())?;
+        *told_lsn = append.commit_lsn;
         if len > 0 {
             let (end_lsn, now) = (begin_lsn + u64::from(len), self.started.elapsed());
             lag.sent(end_lsn, now);
