@@ -21,7 +21,7 @@
 //! WAL that is not waited for flows too: when much of it has gathered, it is pushed as it is found,
 //! and looked for every few milliseconds while it flows. When nothing is written, nobody looks.
 
-use std::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use pgrx::pg_sys;
@@ -35,8 +35,10 @@ pub struct CommitHints {
     count: AtomicU64,
     /// The highest that was given.
     lsn: AtomicU64,
-    /// The worker's, while it listens.
+    /// The worker's, while it wants to be woken.
     latch: AtomicPtr<pg_sys::Latch>,
+    /// There is a worker that will look.
+    is_heard: AtomicBool,
 }
 
 /// What was said last.
@@ -51,31 +53,42 @@ pub struct Hint {
 impl CommitHints {
     /// A commit record is about to be inserted. By the backend that does it.
     pub fn give(&self) {
-        let latch = self.latch.load(Ordering::Acquire);
-        if latch.is_null() {
+        if !self.is_heard.load(Ordering::Relaxed) {
             return;
         }
         self.lsn
             .fetch_max(postgres::insert_lsn().0, Ordering::Relaxed);
-        self.count.fetch_add(1, Ordering::Release);
-        // SAFETY: a latch in the array of the server's processes, which is never freed. If it is
-        // another process's by now, that one wakes up once for nothing.
-        unsafe { pg_sys::SetLatch(latch) };
+        // Either the worker sees this when it looks next, or we see that it wants to be woken.
+        self.count.fetch_add(1, Ordering::SeqCst);
+        let latch = self.latch.load(Ordering::SeqCst);
+        if !latch.is_null() {
+            // SAFETY: a latch in the array of the server's processes, which is never freed. If it is
+            // another process's by now, that one wakes up once for nothing.
+            unsafe { pg_sys::SetLatch(latch) };
+        }
     }
 
-    /// From here on hints wake this process.
+    /// From here on hints wake this process, the worker.
     pub fn listen(&self) {
         // SAFETY: our own latch; where it is does not change.
         self.latch
-            .store(unsafe { pg_sys::MyLatch }, Ordering::Release);
+            .store(unsafe { pg_sys::MyLatch }, Ordering::SeqCst);
+        self.is_heard.store(true, Ordering::Relaxed);
     }
 
+    /// Something else will wake the worker soon, and then it looks.
+    pub fn be_quiet(&self) {
+        self.latch.store(std::ptr::null_mut(), Ordering::SeqCst);
+    }
+
+    /// The worker ends.
     pub fn ignore(&self) {
-        self.latch.store(std::ptr::null_mut(), Ordering::Release);
+        self.is_heard.store(false, Ordering::Relaxed);
+        self.be_quiet();
     }
 
     pub fn latest(&self) -> Hint {
-        let count = self.count.load(Ordering::Acquire);
+        let count = self.count.load(Ordering::SeqCst);
         let lsn = Lsn(self.lsn.load(Ordering::Relaxed));
         Hint { count, lsn }
     }
@@ -155,9 +168,13 @@ impl EarlyPush {
         }
         self.seen = it.hint.count;
         self.missed = None;
-        // Some of several have come; the last of them may take its time.
-        let has_come =
-            hints > 1 && gathered > 0 || self.patience.spin_until(|| insert_lsn() > it.hint.lsn);
+        // Some of several have come. Others that only lack the processor may still join them: where it
+        // is free, this takes no time.
+        if hints > 1 && gathered > 0 {
+            std::thread::yield_now();
+            return true;
+        }
+        let has_come = self.patience.spin_until(|| insert_lsn() > it.hint.lsn);
         if !has_come {
             let (lsn, pause_ms) = (it.hint.lsn, 1);
             self.missed = Some(Missed { lsn, pause_ms });

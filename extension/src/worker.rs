@@ -90,12 +90,11 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
     let mut line = Line::new(waker.clone());
     let mut pusher = Pusher::new(&settings, Some(wal_sender), waker);
     let mut stopping: Option<Stopping> = None;
-    if let Some(hints) = shmem::commit_hints().filter(|_| pusher.has_buffers()) {
-        hints.listen();
-    }
+    let hints = shmem::commit_hints().filter(|_| pusher.has_buffers());
     loop {
         // Before looking at anything: what happens from here on wakes us.
         reset_latch();
+        hints.inspect(|hints| hints.listen());
         let flushed_lsn = postgres::flushed_lsn();
         check_for_interrupts!();
         if postgres::reload_if_asked() {
@@ -119,6 +118,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
         let timeout_ms = pusher.idle_ms().min(limit);
         let timeout_ms = if pusher.awaits_members() {
             wal_sender_slot::sleep_through_flushes();
+            hints.inspect(|hints| hints.be_quiet());
             timeout_ms.min(ANSWER_MS)
         } else if wal_sender_slot::wake_on_flush(flushed_lsn) {
             timeout_ms
