@@ -1,6 +1,6 @@
 //! WAL leaves the server's shared buffers before it is flushed. (design §5)
 //!
-//! `WAL_MB=n` compares that much WAL for each size of the buffers, instead of some hundred MB.
+//! `WAL_MB=n` compares that much WAL for each size of the buffers, instead of 100 MB.
 
 use std::time::{Duration, Instant};
 
@@ -59,7 +59,7 @@ fn the_quorum_has_a_commit_before_the_local_disk_and_it_survives_the_loss_of_tha
 /// records that are larger than the buffers, what was pushed is what `pg_wal` holds later.
 #[test]
 fn what_was_pushed_equals_pg_wal_whatever_the_size_of_the_buffers() {
-    let wal_mb = std::env::var("WAL_MB").map_or(200, |mb| mb.parse().expect("a number"));
+    let wal_mb = std::env::var("WAL_MB").map_or(100, |mb| mb.parse().expect("a number"));
     for wal_buffers in ["64kB", "1MB", "16MB"] {
         let mut compared = 0;
         while compared < wal_mb * MIB {
