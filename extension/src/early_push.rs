@@ -102,6 +102,7 @@ pub struct EarlyPush {
     /// WAL flows: look for it until then.
     flows_until: Duration,
     last: Option<Pushed>,
+    answers: AnswerTimes,
     missed: Option<Missed>,
 }
 
@@ -125,8 +126,8 @@ pub struct Situation {
     pub hint: Hint,
     pub sent_lsn: Lsn,
     pub commit_lsn: Lsn,
-    /// How long a majority takes to flush what it is sent, without the way there and back.
-    pub flush_time: Duration,
+    /// To the last member of the nearest majority and back.
+    pub round_trip: Duration,
 }
 
 /// So much makes it worth pushing WAL for which nobody waits: a message that costs little for what it
@@ -147,6 +148,7 @@ impl EarlyPush {
             patience: Patience::new(),
             flows_until: Duration::ZERO,
             last: None,
+            answers: AnswerTimes::default(),
             missed: None,
         }
     }
@@ -202,15 +204,60 @@ impl EarlyPush {
     /// An answer of the quorum is due, which will wake the worker, and until which there is nothing
     /// to be done.
     pub fn members_are_busy(&self, it: &Situation) -> bool {
-        self.last
-            .as_ref()
-            .is_some_and(|last| it.commit_lsn < last.end_lsn && it.now < last.at + it.flush_time)
+        self.last.as_ref().is_some_and(|last| {
+            let busy_until = last.at + self.answers.pause(it.round_trip);
+            it.commit_lsn < last.end_lsn && it.now < busy_until
+        })
+    }
+
+    /// The quorum has answered, so long after it was sent something.
+    pub fn answered(&mut self, time: Duration, now: Duration) {
+        self.answers.add(time, now);
     }
 
     /// When to look again though nobody calls; `None` if that need not be.
     pub fn next_look_ms(&self, now: Duration) -> Option<u64> {
         let flows = (now < self.flows_until).then_some(POLL_MS);
         flows.or(self.missed.as_ref().map(|missed| missed.pause_ms))
+    }
+}
+
+/// How long the quorum takes to answer.
+#[derive(Default)]
+struct AnswerTimes {
+    last: Duration,
+    /// The shortest in this period, and in the one before.
+    least: Option<Duration>,
+    least_before: Option<Duration>,
+    period_began: Duration,
+}
+
+/// A way there and back of this length is worth having several messages on. What is measured of a
+/// shorter one is mostly the members' own time.
+const LONG_WAY: Duration = Duration::from_micros(300);
+
+impl AnswerTimes {
+    const PERIOD: Duration = Duration::from_secs(1);
+
+    fn add(&mut self, time: Duration, now: Duration) {
+        self.last = time;
+        if now >= self.period_began + AnswerTimes::PERIOD {
+            self.period_began = now;
+            self.least_before = self.least.take();
+        }
+        self.least = Some(self.least.map_or(time, |least| least.min(time)));
+    }
+
+    /// From one early message to the next, if the first is not answered before.
+    fn pause(&self, round_trip: Duration) -> Duration {
+        let least = self.least.into_iter().chain(self.least_before).min();
+        match least {
+            // As long as one flush of theirs.
+            Some(least) if round_trip >= LONG_WAY && round_trip >= least / 2 => {
+                least.saturating_sub(round_trip)
+            }
+            _ => self.last,
+        }
     }
 }
 
@@ -269,7 +316,7 @@ mod tests {
             hint,
             sent_lsn: Lsn(1000),
             commit_lsn: Lsn(1000),
-            flush_time: at(300),
+            round_trip: at(50),
         }
     }
 
@@ -314,6 +361,7 @@ mod tests {
     #[test]
     fn while_the_members_flush_commits_gather() {
         let mut early = EarlyPush::new(NOTHING);
+        early.answered(at(300), at(900));
         early.pushed(Lsn(1100), at(1000));
         let one = Hint {
             count: 8,
@@ -331,6 +379,23 @@ mod tests {
         let next = Hint { count: 9, ..one };
         assert!(!early.is_due(situation(next, at(1499)), come));
         assert!(early.is_due(situation(next, at(1500)), come));
+    }
+
+    #[test]
+    fn on_a_long_way_there_is_a_message_for_each_flush_of_the_members() {
+        let mut answers = AnswerTimes::default();
+        answers.add(at(3000), at(0));
+        answers.add(at(4500), at(10)); // it came during a flush
+        assert_eq!(answers.pause(at(2000)), at(1000));
+        assert_eq!(answers.pause(at(500)), at(4500), "not long");
+        // What was the least long ago is forgotten.
+        answers.add(at(5000), at(1_000_000));
+        assert_eq!(answers.pause(at(2000)), at(1000));
+        answers.add(at(5000), at(2_000_000));
+        assert_eq!(answers.pause(at(3000)), at(2000));
+        answers = AnswerTimes::default();
+        answers.add(at(300), at(0));
+        assert_eq!(answers.pause(at(200)), at(300));
     }
 
     #[test]

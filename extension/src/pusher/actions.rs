@@ -104,6 +104,9 @@ impl Pusher {
         }
         let now = self.started.elapsed();
         self.lag.acknowledged(commit_lsn, now);
+        if let Some(time) = self.lag.last() {
+            self.early_push.answered(time, now);
+        }
         self.wal_moved = true;
         // Backends look here when their wait ends: so this comes first.
         shmem::set_commit_lsn(commit_lsn);

@@ -64,13 +64,12 @@ impl Pusher {
     }
 
     fn situation(&self, sent_lsn: Lsn) -> Situation {
-        let answer_time = self.lag.last().unwrap_or_default();
         Situation {
             now: self.started.elapsed(),
             hint: shmem::latest_hint(),
             sent_lsn,
             commit_lsn: self.proposer.commit_lsn(),
-            flush_time: answer_time.saturating_sub(self.round_trip),
+            round_trip: self.round_trip,
         }
     }
 
