@@ -44,9 +44,9 @@ pub struct InsertLock {
     pad: [u8; CACHE_LINE_SIZE - size_of::<pg_sys::LWLock>() - 16],
 }
 
-#[cfg(feature = "pg15")]
+#[cfg(any(feature = "pg15", feature = "pg16"))]
 pub type InsertingAt = u64;
-#[cfg(not(feature = "pg15"))]
+#[cfg(any(feature = "pg17", feature = "pg18"))]
 pub type InsertingAt = pg_sys::pg_atomic_uint64;
 
 /// `XLogCtlData`.
