@@ -203,7 +203,12 @@ impl EarlyPush {
 
     /// An answer of the quorum is due, which will wake the worker, and until which there is nothing
     /// to be done.
-    pub fn members_are_busy(&self, it: &Situation) -> bool {
+    pub fn awaits_answer(&self, it: &Situation) -> bool {
+        self.members_are_busy(it) && !self.answers.is_long_way(it.round_trip)
+    }
+
+    /// What they were sent last keeps them busy.
+    fn members_are_busy(&self, it: &Situation) -> bool {
         self.last.as_ref().is_some_and(|last| {
             let busy_until = last.at + self.answers.pause(it.round_trip);
             it.commit_lsn < last.end_lsn && it.now < busy_until
@@ -250,14 +255,20 @@ impl AnswerTimes {
 
     /// From one early message to the next, if the first is not answered before.
     fn pause(&self, round_trip: Duration) -> Duration {
-        let least = self.least.into_iter().chain(self.least_before).min();
-        match least {
+        match self.is_long_way(round_trip) {
             // As long as one flush of theirs.
-            Some(least) if round_trip >= LONG_WAY && round_trip >= least / 2 => {
-                least.saturating_sub(round_trip)
-            }
-            _ => self.last,
+            true => self.least().saturating_sub(round_trip),
+            false => self.last,
         }
+    }
+
+    fn is_long_way(&self, round_trip: Duration) -> bool {
+        round_trip >= LONG_WAY && round_trip >= self.least() / 2
+    }
+
+    fn least(&self) -> Duration {
+        let least = self.least.into_iter().chain(self.least_before).min();
+        least.unwrap_or_default()
     }
 }
 

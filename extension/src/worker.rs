@@ -116,7 +116,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
             line.idle_ms(wants_last_sender)
         };
         let timeout_ms = pusher.idle_ms().min(limit);
-        let timeout_ms = if pusher.awaits_members() {
+        let timeout_ms = if pusher.awaits_answer() {
             wal_sender_slot::sleep_through_flushes();
             hints.inspect(|hints| hints.be_quiet());
             timeout_ms.min(ANSWER_MS)

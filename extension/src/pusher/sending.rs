@@ -86,9 +86,9 @@ impl Pusher {
     }
 
     /// Nothing is to be done before the members answer, which will wake us.
-    pub fn awaits_members(&self) -> bool {
+    pub fn awaits_answer(&self) -> bool {
         self.early_push
-            .members_are_busy(&self.situation(self.positions.sent_lsn))
+            .awaits_answer(&self.situation(self.positions.sent_lsn))
     }
 
     fn send(&mut self, at: usize, local: LocalWal) -> Result<(), String> {
