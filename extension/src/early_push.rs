@@ -15,8 +15,8 @@
 //! enough; should the disk be slow, it looks again after a millisecond, then two, four and so on.
 //!
 //! Commits that come while the members flush would have to wait for that anyway: they gather, and go
-//! out together when the quorum has answered. Where the way is long compared to a flush, one message is
-//! on its way for each flush that the members can do meanwhile. What is flushed here is never held back.
+//! out together when the quorum has answered. Not where the way is long compared to a flush: there they
+//! gather at the members, while these flush. What is flushed here is never held back.
 //!
 //! WAL that is not waited for flows too: when much of it has gathered, it is pushed as it is found,
 //! and looked for every few milliseconds while it flows. When nothing is written, nobody looks.
@@ -203,15 +203,11 @@ impl EarlyPush {
 
     /// An answer of the quorum is due, which will wake the worker, and until which there is nothing
     /// to be done.
-    pub fn awaits_answer(&self, it: &Situation) -> bool {
-        self.members_are_busy(it) && !self.answers.is_long_way(it.round_trip)
-    }
-
-    /// What they were sent last keeps them busy.
-    fn members_are_busy(&self, it: &Situation) -> bool {
+    pub fn members_are_busy(&self, it: &Situation) -> bool {
         self.last.as_ref().is_some_and(|last| {
-            let busy_until = last.at + self.answers.pause(it.round_trip);
-            it.commit_lsn < last.end_lsn && it.now < busy_until
+            let is_answered =
+                it.commit_lsn >= last.end_lsn || it.now >= last.at + self.answers.last;
+            !is_answered && !self.answers.are_far(it.round_trip)
         })
     }
 
@@ -237,8 +233,7 @@ struct AnswerTimes {
     period_began: Duration,
 }
 
-/// A way there and back of this length is worth having several messages on. What is measured of a
-/// shorter one is mostly the members' own time.
+/// What is measured of a shorter way there and back is mostly the members' own time.
 const LONG_WAY: Duration = Duration::from_micros(300);
 
 impl AnswerTimes {
@@ -253,22 +248,10 @@ impl AnswerTimes {
         self.least = Some(self.least.map_or(time, |least| least.min(time)));
     }
 
-    /// From one early message to the next, if the first is not answered before.
-    fn pause(&self, round_trip: Duration) -> Duration {
-        match self.is_long_way(round_trip) {
-            // As long as one flush of theirs.
-            true => self.least().saturating_sub(round_trip),
-            false => self.last,
-        }
-    }
-
-    fn is_long_way(&self, round_trip: Duration) -> bool {
-        round_trip >= LONG_WAY && round_trip >= self.least() / 2
-    }
-
-    fn least(&self) -> Duration {
+    /// The way there and back takes at least half as long as a flush.
+    fn are_far(&self, round_trip: Duration) -> bool {
         let least = self.least.into_iter().chain(self.least_before).min();
-        least.unwrap_or_default()
+        round_trip >= LONG_WAY && least.is_some_and(|least| round_trip >= least / 3)
     }
 }
 
@@ -393,20 +376,20 @@ mod tests {
     }
 
     #[test]
-    fn on_a_long_way_there_is_a_message_for_each_flush_of_the_members() {
+    fn members_are_far_if_the_way_takes_half_as_long_as_a_flush() {
         let mut answers = AnswerTimes::default();
         answers.add(at(3000), at(0));
         answers.add(at(4500), at(10)); // it came during a flush
-        assert_eq!(answers.pause(at(2000)), at(1000));
-        assert_eq!(answers.pause(at(500)), at(4500), "not long");
+        assert!(answers.are_far(at(1000)));
+        assert!(!answers.are_far(at(999)));
         // What was the least long ago is forgotten.
-        answers.add(at(5000), at(1_000_000));
-        assert_eq!(answers.pause(at(2000)), at(1000));
-        answers.add(at(5000), at(2_000_000));
-        assert_eq!(answers.pause(at(3000)), at(2000));
+        answers.add(at(6000), at(1_000_000));
+        assert!(answers.are_far(at(1000)));
+        answers.add(at(6000), at(2_000_000));
+        assert!(!answers.are_far(at(1000)));
         answers = AnswerTimes::default();
         answers.add(at(300), at(0));
-        assert_eq!(answers.pause(at(200)), at(300));
+        assert!(!answers.are_far(at(299)), "no way is that long");
     }
 
     #[test]

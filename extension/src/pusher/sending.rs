@@ -88,7 +88,7 @@ impl Pusher {
     /// Nothing is to be done before the members answer, which will wake us.
     pub fn awaits_answer(&self) -> bool {
         self.early_push
-            .awaits_answer(&self.situation(self.positions.sent_lsn))
+            .members_are_busy(&self.situation(self.positions.sent_lsn))
     }
 
     fn send(&mut self, at: usize, local: LocalWal) -> Result<(), String> {
