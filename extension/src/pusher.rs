@@ -122,6 +122,7 @@ struct Member {
     lag: Lag,
     /// The last `commit_lsn` that was sent.
     told_lsn: Lsn,
+    told_ms: u64,
 }
 
 impl Pusher {
@@ -294,7 +295,7 @@ impl Pusher {
         };
         let feeds = self.members.iter().enumerate().filter(in_need);
         let feeds = feeds.map(|(_, member)| member.feed.next_attempt_ms());
-        let news_ms = self.news_due_ms().unwrap_or(u64::MAX);
+        let news_ms = self.next_news_ms().unwrap_or(u64::MAX);
         let due = [self.next_tick_ms(), self.publish_due_ms(), news_ms];
         let next_ms = dials.chain(feeds).chain(due).fold(u64::MAX, u64::min);
         let look_ms = self.early_push.next_look_ms(self.started.elapsed());
@@ -348,6 +349,7 @@ fn members(settings: &Settings) -> Vec<Member> {
         feed: Feed::default(),
         lag: Lag::default(),
         told_lsn: Lsn::INVALID,
+        told_ms: 0,
     };
     settings.safekeepers.iter().map(member).collect()
 }

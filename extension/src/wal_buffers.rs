@@ -94,10 +94,7 @@ impl WalBuffers {
                 insert_timeline,
                 redo_lsn: (&raw const (*control).redo_rec_ptr).read_volatile(),
                 initialized_up_to,
-                magic: buffers
-                    .page(initialized_up_to.saturating_sub(1))
-                    .cast::<u16>()
-                    .read_volatile(),
+                magic: buffers.last_magic(initialized_up_to),
                 known,
             }
         };
@@ -134,6 +131,15 @@ impl WalBuffers {
             }
         }
         inserted_lsn
+    }
+
+    /// Of the page that ends at `end_lsn`; none if it is not in the buffers, as after a start on a log
+    /// that ends with a page.
+    fn last_magic(&self, end_lsn: u64) -> Option<u16> {
+        let lsn = end_lsn.checked_sub(1)?;
+        // SAFETY: a page begins with it. (`XLogPageHeaderData`)
+        self.is_there(lsn, Lsn(end_lsn))
+            .then(|| unsafe { self.page(lsn).cast::<u16>().read_volatile() })
     }
 
     fn index(&self, lsn: u64) -> usize {

@@ -327,7 +327,8 @@ impl DiskFile for RealFile {
 
     fn allocate(&self, len: u64) -> Result<bool> {
         use rustix::io::Errno;
-        match rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len) {
+        let allocate = || rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len);
+        match rustix::io::retry_on_intr(allocate) {
             Ok(()) => Ok(true),
             Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
             Err(errno) => Err(failed("allocate", &self.path)(errno.into())),

@@ -20,6 +20,9 @@ use crate::{postgres, settings, shmem};
 /// others' commits: 4 MiB take about a millisecond to copy.
 const APPENDS_PER_TURN: usize = 4;
 
+/// A member is told of commits this often at least.
+const NEWS_MS_MAX: u64 = 50;
+
 /// Where a member's next WAL is.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Place {
@@ -73,16 +76,22 @@ impl Pusher {
         }
     }
 
-    /// When members are to be told of a commit of which none has told them yet; `None` if they know.
-    pub(super) fn news_due_ms(&self) -> Option<u64> {
+    /// When a member is to be told of the last commit though there is no WAL for it. However fast
+    /// commits follow one another, it hears of one now and then: it may be waiting for a donor.
+    fn news_due_ms(&self, at: usize) -> u64 {
+        self.news_due_ms.min(self.members[at].told_ms + NEWS_MS_MAX)
+    }
+
+    /// When some member is to be told of it; `None` if they know.
+    pub(super) fn next_news_ms(&self) -> Option<u64> {
         let commit_lsn = self.proposer.commit_lsn();
-        let mut members = self.members.iter().enumerate();
-        let some_lacks_it = members.any(|(at, member)| {
+        let members = self.members.iter().enumerate();
+        let lack_it = members.filter(|(at, member)| {
             member.told_lsn < commit_lsn
                 && member.peer.can_take_append()
-                && self.proposer.next_lsn(PeerIdx(at)).is_some()
+                && self.proposer.next_lsn(PeerIdx(*at)).is_some()
         });
-        some_lacks_it.then_some(self.news_due_ms)
+        lack_it.map(|(at, _)| self.news_due_ms(at)).min()
     }
 
     /// Nothing is to be done before the members answer, which will wake us.
@@ -106,7 +115,7 @@ impl Pusher {
             };
             let (end_lsn, place) = self.at_hand(at, next_lsn, local.end_lsn)?;
             let now_ms = self.now_ms();
-            if end_lsn <= next_lsn && now_ms < self.news_due_ms {
+            if end_lsn <= next_lsn && now_ms < self.news_due_ms(at) {
                 return Ok(());
             }
             let at_hand = LocalWal { end_lsn, ..local };
@@ -151,11 +160,13 @@ impl Pusher {
     }
 
     fn send_append(&mut self, at: usize, append: &Append, place: Place) -> Result<(), String> {
+        let now_ms = self.now_ms();
         let Member {
             peer,
             feed,
             lag,
             told_lsn,
+            told_ms,
         } = &mut self.members[at];
         let Append { begin_lsn, len, .. } = *append;
         let (wal, origins) = match place {
@@ -172,6 +183,7 @@ impl Pusher {
         peer.send_append(append, wal)
             .map_err(|error| error.to_string())?;
         *told_lsn = append.commit_lsn;
+        *told_ms = now_ms;
         if len > 0 {
             let (end_lsn, now) = (begin_lsn + u64::from(len), self.started.elapsed());
             lag.sent(end_lsn, now);
