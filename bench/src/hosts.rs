@@ -161,12 +161,16 @@ fn run(
             .iter()
             .filter_map(|member| member.link.as_ref())
     };
+    let is_apart = times.one_way > Duration::ZERO;
+    slow_link::set_all(links(), times.one_way);
+    if is_apart {
+        setup.connect_anew();
+    }
     setup.settle();
     setup.set_flush_time(
         Duration::from_micros(point.primary_flush),
         Duration::from_micros(point.member_flush),
     );
-    slow_link::set_all(links(), times.one_way);
     let run = pgbench::run(setup, clients, time);
     slow_link::set_all(links(), Duration::ZERO);
     setup.set_flush_time(Duration::ZERO, Duration::ZERO);

@@ -326,6 +326,22 @@ impl Setup {
         thread::sleep(SETTLE);
     }
 
+    /// Has the worker connect anew: how far members are it learns when it does.
+    pub fn connect_anew(&self) {
+        if !matches!(self.kind, Kind::Ours | Kind::OursFromFiles) {
+            return;
+        }
+        let worker = "select pid from pg_stat_activity where backend_type = 'walproposer'";
+        let before = self.primary.value(worker);
+        self.primary
+            .sql(&format!("select pg_terminate_backend({before})"));
+        wait_until("another worker", SOON, || {
+            let rows = self.primary.try_sql(worker).unwrap_or_default();
+            !rows.is_empty() && rows != [[Some(before.clone())]]
+        });
+        self.wait_all_follow();
+    }
+
     /// Sets how long a flush lasts, on the primary and on every member.
     pub fn set_flush_time(&self, primary: Duration, member: Duration) {
         let disks = self.members.iter().map(|member| &member.disk);
