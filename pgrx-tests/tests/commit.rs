@@ -6,11 +6,11 @@ use cluster_tests::Cluster;
 use cluster_tests::poll::{SOON, never_within, wait_until};
 
 #[test]
-fn after_a_minute_of_pgbench_the_wal_on_all_three_equals_pg_wal() {
+fn after_half_a_minute_of_pgbench_the_wal_on_all_three_equals_pg_wal() {
     // Nothing is removed, so that all of it can be compared.
     let cluster = Cluster::start_with("wal_keep_size = '16GB'", &[]);
     cluster.primary.pgbench_init(10);
-    let tps = cluster.primary.pgbench(8, Duration::from_secs(60));
+    let tps = cluster.primary.pgbench(8, Duration::from_secs(30));
     println!("{tps:.0} transactions per second");
 
     let end = cluster.wait_all_caught_up(SOON);

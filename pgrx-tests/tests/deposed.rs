@@ -20,7 +20,7 @@ use cluster_tests::wal_compare::WalDir;
 use cluster_tests::{Cluster, safekeepers_setting};
 use postgres::Client;
 
-const ROUNDS: usize = 3;
+const ROUNDS: usize = 2;
 
 #[test]
 fn a_paused_primary_shuts_down() {

@@ -18,7 +18,7 @@ use cluster_tests::process::signal_descendant;
 #[test]
 fn acknowledged_rows_survive_kills_and_pauses() {
     let seed = number_from("SEED").unwrap_or_else(|| fastrand::u64(..1_000_000));
-    let seconds = number_from("LEDGER_SECONDS").unwrap_or(100);
+    let seconds = number_from("LEDGER_SECONDS").unwrap_or(60);
     println!("SEED={seed} LEDGER_SECONDS={seconds}");
     let mut cluster = Cluster::prepare(&[]);
     // As initdb left it: what a server knows that has seen none of the WAL.
