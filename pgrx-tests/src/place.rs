@@ -16,6 +16,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU16, Ordering};
 use std::thread;
 
@@ -60,13 +61,19 @@ pub struct ServerUser {
 impl ServerUser {
     /// `postgres` for root, nobody else for others.
     pub fn other_than_us() -> Option<ServerUser> {
+        // Asked once: the answer comes in memory that another thread's question would change.
+        static USER: OnceLock<Option<ServerUser>> = OnceLock::new();
+        *USER.get_or_init(ServerUser::look_up)
+    }
+
+    fn look_up() -> Option<ServerUser> {
         // SAFETY: no preconditions, cannot fail.
         if unsafe { libc::geteuid() } != 0 {
             return None;
         }
         let name = CString::new("postgres").expect("no zero byte in it");
         // SAFETY: the name is a C string. The result points to static memory that only another
-        // call of this family changes; its two numbers are copied at once.
+        // call of this family changes, and there is none; its two numbers are copied at once.
         let user = unsafe { libc::getpwnam(name.as_ptr()).as_ref() }.map(|entry| ServerUser {
             uid: entry.pw_uid,
             gid: entry.pw_gid,
