@@ -6,9 +6,9 @@
  *
  * The file holds one 32-bit number in the machine's order, is mapped when the program starts, and
  * may be changed at any time: 0 is the disk as it is, and with the greatest number a flush does not
- * begin until there is another. Time is counted from the call, so a real
- * flush is not added to the pause but is part of it. Only the calling thread sleeps, and it holds
- * nothing that others need: flushes of several threads overlap, as on a disk with a deep queue.
+ * begin until there is another. Time is counted from the call, so a real flush is not added to the
+ * pause but is part of it. Only the calling thread sleeps, and it holds nothing that others need:
+ * flushes of several threads overlap, as on a disk with a deep queue.
  *
  * Nothing here makes a flush more or less durable. Programs that make the system call themselves,
  * without libc, are not slowed down.

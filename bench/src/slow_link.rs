@@ -8,7 +8,7 @@
 //! The cluster tests have a link that cuts and heals; this one does nothing but delay, and does it
 //! to some ten microseconds: one thread for each direction, so no hand-over, and a timer without
 //! slack. It does not limit the throughput. What the proxy itself costs is measured
-//! ([`SlowLink::set_round_trip`]) and taken off the delay.
+//! ([`calibrate`]) and taken off the delay.
 
 use std::collections::VecDeque;
 use std::io::{Read, Write};
@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use cluster_tests::link::listen_for;
 use cluster_tests::place::unused_address;
 
 /// Connect to [`SlowLink::address`] instead of the target.
@@ -39,11 +40,13 @@ const QUEUED_BYTES_MAX: usize = 32 << 20;
 
 impl SlowLink {
     pub fn to(target: SocketAddr) -> SlowLink {
-        let address = unused_address();
-        let listener = TcpListener::bind(address).expect("the address is ours alone");
         let shared = Arc::new(Shared::default());
-        let accepting = shared.clone();
-        thread::spawn(move || accept(&listener, target, &accepting));
+        let (ending, starting) = (shared.clone(), shared.clone());
+        let address = listen_for(
+            target,
+            move || ending.closed.load(Ordering::Relaxed),
+            move |client, server| start_connection(client, server, &starting),
+        );
         SlowLink { address, shared }
     }
 
@@ -125,26 +128,11 @@ fn round_trip_of(address: SocketAddr) -> Duration {
     times[times.len() / 2]
 }
 
-fn accept(listener: &TcpListener, target: SocketAddr, shared: &Arc<Shared>) {
-    for client in listener.incoming() {
-        let Ok(client) = client else { continue };
-        if shared.closed.load(Ordering::Relaxed) {
-            return;
-        }
-        // A target that is down is what the client sees as a connection closed at once.
-        if let Ok(server) = TcpStream::connect(target) {
-            let _ = start_connection(client, server, shared);
-        }
-    }
-}
-
 fn start_connection(
     client: TcpStream,
     server: TcpStream,
     shared: &Arc<Shared>,
 ) -> std::io::Result<()> {
-    client.set_nodelay(true)?;
-    server.set_nodelay(true)?;
     let (client2, server2) = (client.try_clone()?, server.try_clone()?);
     for (from, to) in [(client, server), (server2, client2)] {
         let shared = shared.clone();

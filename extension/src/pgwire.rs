@@ -284,20 +284,13 @@ impl Outbox {
 
     /// Adds a CopyData message; `write` appends its payload. If it fails, nothing is added.
     pub fn push<E>(&mut self, write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<(), E> {
-        if self.is_empty() {
-            self.buffer.clear();
-            self.sent = 0;
-        }
-        let begin = self.buffer.len();
-        self.buffer.extend_from_slice(&[b'd', 0, 0, 0, 0]);
+        let begin = self.begin_message();
         let written = write(&mut self.buffer);
-        if written.is_err() {
-            self.buffer.truncate(begin);
-            return written;
+        match &written {
+            Ok(()) => self.end_message(begin, 0),
+            Err(_) => self.buffer.truncate(begin),
         }
-        let word = len_word(self.buffer.len() - begin - HEADER_LEN);
-        self.buffer[begin + 1..begin + HEADER_LEN].copy_from_slice(&word);
-        Ok(())
+        written
     }
 
     /// Sends a CopyData message whose payload is what `write` appends, and `rest` behind it; what the
@@ -309,21 +302,11 @@ impl Outbox {
         write: impl FnOnce(&mut Vec<u8>),
     ) -> io::Result<()> {
         debug_assert!(self.is_empty(), "messages would overtake one another");
-        self.buffer.clear();
-        self.buffer.extend_from_slice(&[b'd', 0, 0, 0, 0]);
+        let begin = self.begin_message();
         write(&mut self.buffer);
-        let word = len_word(self.buffer.len() - HEADER_LEN + rest.len());
-        self.buffer[1..HEADER_LEN].copy_from_slice(&word);
+        self.end_message(begin, rest.len());
         let parts = [IoSlice::new(&self.buffer), IoSlice::new(rest)];
-        let taken = loop {
-            match stream.write_vectored(&parts) {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(taken) => break taken,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => break 0,
-                Err(error) => return Err(error),
-            }
-        };
+        let taken = write_some(|| stream.write_vectored(&parts))?;
         self.sent = taken.min(self.buffer.len());
         let of_rest = taken - self.sent;
         if of_rest < rest.len() {
@@ -335,15 +318,41 @@ impl Outbox {
     /// Gives the socket as much as it takes; `true` if that was all.
     pub fn drain(&mut self, stream: &mut impl Write) -> io::Result<bool> {
         while !self.is_empty() {
-            match stream.write(&self.buffer[self.sent..]) {
-                Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(n) => self.sent += n,
-                Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-                Err(error) => return Err(error),
+            match write_some(|| stream.write(&self.buffer[self.sent..]))? {
+                0 => return Ok(false),
+                taken => self.sent += taken,
             }
         }
         Ok(true)
+    }
+
+    /// Where it begins: its payload goes behind what is there then.
+    fn begin_message(&mut self) -> usize {
+        if self.is_empty() {
+            self.buffer.clear();
+            self.sent = 0;
+        }
+        let begin = self.buffer.len();
+        self.buffer.extend_from_slice(&[b'd', 0, 0, 0, 0]);
+        begin
+    }
+
+    /// `rest` bytes of its payload are not in the buffer.
+    fn end_message(&mut self, begin: usize, rest: usize) {
+        let word = len_word(self.buffer.len() - begin - HEADER_LEN + rest);
+        self.buffer[begin + 1..begin + HEADER_LEN].copy_from_slice(&word);
+    }
+}
+
+/// One write that is not interrupted; 0 if the stream takes nothing now.
+fn write_some(mut write: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match write() {
+            Ok(0) => return Err(ErrorKind::WriteZero.into()),
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(0),
+            written => return written,
+        }
     }
 }
 

@@ -102,10 +102,15 @@ impl WalBuffers {
         Ok(buffers)
     }
 
+    /// End of the WAL for which there is room reserved: some of it may still be being copied.
+    pub fn reserved_lsn(&self) -> Lsn {
+        canonical_end(postgres::insert_lsn(), self.segment_size)
+    }
+
     /// End of the WAL that is complete, all of it: no backend is copying into what lies below. Waits
     /// for those that are.
     pub fn inserted_lsn(&self) -> Lsn {
-        let reserved_lsn = canonical_end(postgres::insert_lsn(), self.segment_size);
+        let reserved_lsn = self.reserved_lsn();
         let mut inserted_lsn = reserved_lsn;
         for at in 0..INSERT_LOCKS {
             // SAFETY: one of the eight locks.

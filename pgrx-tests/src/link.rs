@@ -62,11 +62,13 @@ impl State {
 
 impl Link {
     pub fn to(target: SocketAddr) -> Link {
-        let address = unused_address();
-        let listener = TcpListener::bind(address).expect("the address is ours alone");
         let shared = Arc::new(Shared::default());
-        let accepting = shared.clone();
-        thread::spawn(move || accept(&listener, target, &accepting));
+        let (ending, starting) = (shared.clone(), shared.clone());
+        let address = listen_for(
+            target,
+            move || ending.lock().closed,
+            move |client, server| start_connection(client, server, &starting),
+        );
         Link { address, shared }
     }
 
@@ -169,18 +171,33 @@ fn close_connections(state: &mut State) {
     }
 }
 
-fn accept(listener: &TcpListener, target: SocketAddr, shared: &Arc<Shared>) {
-    for client in listener.incoming() {
-        let Ok(client) = client else { continue };
-        if shared.lock().closed {
-            return;
+/// Accepts connections at an address of its own, on a thread, until one comes when `is_closed`. Each is
+/// given to `start`, together with one to the target; neither of the two delays small packets.
+pub fn listen_for(
+    target: SocketAddr,
+    is_closed: impl Fn() -> bool + Send + 'static,
+    start: impl Fn(TcpStream, TcpStream) -> std::io::Result<()> + Send + 'static,
+) -> SocketAddr {
+    let address = unused_address();
+    let listener = TcpListener::bind(address).expect("the address is ours alone");
+    let connect = move |client: TcpStream| {
+        let server = TcpStream::connect(target)?;
+        client.set_nodelay(true)?;
+        server.set_nodelay(true)?;
+        start(client, server)
+    };
+    thread::spawn(move || {
+        for client in listener.incoming() {
+            let Ok(client) = client else { continue };
+            if is_closed() {
+                return;
+            }
+            // A target that is down is what the client sees as a connection closed at once; without
+            // both halves there is none either.
+            let _ = connect(client);
         }
-        // A target that is down is what the client sees as a connection closed at once.
-        if let Ok(server) = TcpStream::connect(target) {
-            // Without both halves there is no connection: the client sees it closed.
-            let _ = start_connection(client, server, shared);
-        }
-    }
+    });
+    address
 }
 
 fn start_connection(
@@ -188,8 +205,6 @@ fn start_connection(
     server: TcpStream,
     shared: &Arc<Shared>,
 ) -> std::io::Result<()> {
-    client.set_nodelay(true)?;
-    server.set_nodelay(true)?;
     let ends = [client.try_clone()?, server.try_clone()?];
     let (client2, server2) = (client.try_clone()?, server.try_clone()?);
     shared.lock().connections.extend(ends);

@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use postgres::{Client, NoTls, SimpleQueryMessage};
 use safekeeper_protocol::Lsn;
+use safekeeper_wal::segment_name::{SegmentSize, segment_file_name};
 
 use crate::place::{Programs, TestDir, copy_tree, give_to_server_user};
 use crate::poll::{SOON, wait_for};
@@ -143,11 +144,12 @@ impl Postgres {
         &self.sockets
     }
 
-    /// A disk that lied, or was never asked to flush: this WAL, of timeline 1, is zeros now.
-    pub fn lose_wal(&self, begin: Lsn, end: Lsn) {
-        let size = 16 << 20;
+    /// A disk that lied, or was never asked to flush: this WAL, of timeline 1 and in segments of 16 MB,
+    /// is zeros now.
+    fn lose_wal(&self, begin: Lsn, end: Lsn) {
+        let size = u64::from(SegmentSize::DEFAULT.bytes());
         for segno in begin.0 / size..=(end.0 - 1) / size {
-            let name = format!("{:08X}{:08X}{:08X}", 1, segno / 256, segno % 256);
+            let name = segment_file_name(1, segno, SegmentSize::DEFAULT);
             let from = begin.0.max(segno * size) - segno * size;
             let to = end.0.min((segno + 1) * size) - segno * size;
             let file = OpenOptions::new()
@@ -158,6 +160,18 @@ impl Postgres {
                 .expect("written");
             file.sync_all().expect("fsynced");
         }
+    }
+
+    /// Starts a server whose disk has lost this WAL, and which must fetch it from the safekeepers.
+    #[track_caller]
+    pub fn start_without_wal(&mut self, begin: Lsn, end: Lsn) {
+        self.lose_wal(begin, end);
+        self.start();
+        let log = self.log_since_start();
+        assert!(
+            log.contains("that the local disk had lost were fetched"),
+            "{log}"
+        );
     }
 
     /// Adds lines to postgresql.conf; a later line for the same name wins. In effect from the

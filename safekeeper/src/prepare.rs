@@ -146,12 +146,12 @@ impl Preparation {
 
     /// Body of the thread.
     pub fn run(&self) {
-        // A zeroed file that was not wanted any more when it was finished.
-        let mut zeroed: Option<PathBuf> = None;
+        // A file that was not wanted any more when it was finished.
+        let mut made: Option<PathBuf> = None;
         let mut pace = Pace::new(Instant::now());
-        while let Some((id, turn, spare)) = self.wait_for_work(zeroed.is_some()) {
-            let is_bulk = pace.is_bulk(self.lock().n_entered, Instant::now());
-            let result = self.prepare(id, turn, spare, is_bulk, &mut zeroed);
+        while let Some(work) = self.wait_for_work(made.is_some()) {
+            let is_bulk = pace.is_bulk(work.n_entered, Instant::now());
+            let result = self.prepare(work, is_bulk, &mut made);
             let mut plan = self.lock();
             match result {
                 Ok(()) => {}
@@ -171,16 +171,16 @@ impl Preparation {
 
     fn prepare(
         &self,
-        id: SegmentId,
-        turn: u64,
-        spare: Option<PathBuf>,
+        work: Work,
         is_bulk: bool,
-        zeroed: &mut Option<PathBuf>,
+        made: &mut Option<PathBuf>,
     ) -> Result<(), StorageError> {
-        let tmp = match zeroed.take() {
+        let tmp = match made.take() {
             Some(tmp) => tmp,
             None => {
-                let tmp = spare.unwrap_or_else(|| self.segments.dir().join("prepare.tmp"));
+                let tmp = work
+                    .spare
+                    .unwrap_or_else(|| self.segments.dir().join("prepare.tmp"));
                 match is_bulk {
                     true => self.segments.make_allocated(&tmp)?,
                     false => self.segments.make_zeroed(&tmp)?,
@@ -189,25 +189,30 @@ impl Preparation {
             }
         };
         let mut plan = self.lock();
-        if plan.turn != turn || plan.wanted() != Some(id) {
-            *zeroed = Some(tmp);
+        if plan.turn != work.turn || plan.wanted() != Some(work.id) {
+            *made = Some(tmp);
             return Ok(());
         }
-        self.segments.install(&tmp, id)?;
+        self.segments.install(&tmp, work.id)?;
         plan.n_ready += 1;
         Ok(())
     }
 
     /// The next segment to make, or none at the end of the thread.
-    fn wait_for_work(&self, has_zeroed: bool) -> Option<(SegmentId, u64, Option<PathBuf>)> {
+    fn wait_for_work(&self, has_made: bool) -> Option<Work> {
         let mut plan = self.lock();
         loop {
             if plan.stop {
                 return None;
             }
             if let Some(id) = plan.wanted() {
-                let spare = if has_zeroed { None } else { plan.spares.pop() };
-                return Some((id, plan.turn, spare));
+                let spare = if has_made { None } else { plan.spares.pop() };
+                return Some(Work {
+                    id,
+                    turn: plan.turn,
+                    n_entered: plan.n_entered,
+                    spare,
+                });
             }
             let woken = self.changed.wait(plan);
             plan = woken.unwrap_or_else(PoisonError::into_inner);
@@ -230,6 +235,15 @@ impl Preparation {
         // A panic ends the process; until it has, the plan is as good as it was.
         self.plan.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A segment to make, as the plan is when it is wanted.
+struct Work {
+    id: SegmentId,
+    turn: u64,
+    n_entered: u64,
+    /// The file to make it of, if there is one.
+    spare: Option<PathBuf>,
 }
 
 /// How fast segments are entered.

@@ -7,10 +7,11 @@
 //! News of a commit travels with the next WAL. Where none follows, it goes by itself after a moment; at
 //! once if somebody waits for standbys to replay.
 
-use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
-use safekeeper_wal::canonical_end;
+use std::time::Duration;
 
-use super::{Member, Pusher, thread_panicked};
+use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
+
+use super::{Member, Pusher, millis, thread_panicked};
 use crate::early_push::Situation;
 use crate::feed::FeedPanicked;
 use crate::local_wal::Origins;
@@ -53,12 +54,10 @@ impl Pusher {
         self.local_wal.prefers_files = !settings::read_wal_buffers();
         let mut end_lsn = flush_lsn.max(self.positions.sent_lsn);
         let situation = self.situation(end_lsn);
-        let segment_size = self.format.segment_size;
-        let insert_lsn = || canonical_end(postgres::insert_lsn(), segment_size);
         if let Some(buffers) = &self.local_wal.buffers
             && !self.local_wal.prefers_files
             && self.proposer.is_leading()
-            && self.early_push.is_due(situation, insert_lsn)
+            && self.early_push.is_due(situation, || buffers.reserved_lsn())
         {
             end_lsn = end_lsn.max(buffers.inserted_lsn());
             self.early_push.pushed(end_lsn, situation.now);
@@ -114,7 +113,8 @@ impl Pusher {
                 return Ok(());
             };
             let (end_lsn, place) = self.at_hand(at, next_lsn, local.end_lsn)?;
-            let now_ms = self.now_ms();
+            let now = self.started.elapsed();
+            let now_ms = millis(now);
             if end_lsn <= next_lsn && now_ms < self.news_due_ms(at) {
                 return Ok(());
             }
@@ -122,7 +122,7 @@ impl Pusher {
             let Some(append) = self.proposer.next_append(peer, at_hand, now_ms) else {
                 return Ok(());
             };
-            self.send_append(at, &append, place)?;
+            self.send_append(at, &append, place, now)?;
         }
         self.more_to_send = true;
         Ok(())
@@ -159,8 +159,13 @@ impl Pusher {
         }
     }
 
-    fn send_append(&mut self, at: usize, append: &Append, place: Place) -> Result<(), String> {
-        let now_ms = self.now_ms();
+    fn send_append(
+        &mut self,
+        at: usize,
+        append: &Append,
+        place: Place,
+        now: Duration,
+    ) -> Result<(), String> {
         let Member {
             peer,
             feed,
@@ -183,9 +188,9 @@ impl Pusher {
         peer.send_append(append, wal)
             .map_err(|error| error.to_string())?;
         *told_lsn = append.commit_lsn;
-        *told_ms = now_ms;
+        *told_ms = millis(now);
         if len > 0 {
-            let (end_lsn, now) = (begin_lsn + u64::from(len), self.started.elapsed());
+            let end_lsn = begin_lsn + u64::from(len);
             lag.sent(end_lsn, now);
             self.lag.sent(end_lsn, now);
             self.positions.sent_lsn = self.positions.sent_lsn.max(end_lsn);
