@@ -18,13 +18,13 @@ use safekeeper_protocol::{
     ProposerMessage, Read, Session,
 };
 use safekeeper_wal::{PgVersion, SegmentSize};
+use safekeeper_wire::pgwire::ErrorReport;
 
 use crate::control_file::{ControlFileError, list_clusters};
 use crate::disk::{Disk, StorageError};
 use crate::identity::{DataDir, Identity};
 use crate::keeper::{Keeper, KeeperError, PushError, stop_on};
 use crate::metrics::Metrics;
-use crate::pgwire::ErrorReport;
 use crate::status::{ClusterStatus, Status};
 
 /// The clusters of one data directory.

@@ -20,12 +20,13 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::pgwire::{
-    ConnectionError, ErrorReport, Filled, Input, LEN_MAX_UNAUTHENTICATED, Output, Wait,
+use safekeeper_wire::pgwire::{
+    ConnectionError, ErrorReport, Filled, Input, LEN_MAX_UNAUTHENTICATED, Output, Wait, closed,
 };
+use safekeeper_wire::startup::{Opening, Startup, next_opening};
+
 use crate::replication_command::{ReplicationCommand, parse};
 use crate::server::Shared;
-use crate::startup::{Opening, Startup, next_opening};
 use crate::{receive_wal, send_wal};
 
 /// The handshake takes a round trip or two; who needs longer is not there.
@@ -346,9 +347,4 @@ pub fn command_of(body: &[u8]) -> Result<ReplicationCommand, ConnectionError> {
         ConnectionError::Command(ErrorReport::new("22021", "query text is not valid UTF-8"))
     })?;
     parse(text).map_err(ConnectionError::Command)
-}
-
-/// The peer has closed its side.
-pub fn closed() -> io::Error {
-    io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer")
 }

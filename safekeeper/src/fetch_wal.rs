@@ -47,13 +47,13 @@ use std::path::Path;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
+use safekeeper_client::wal_client::WalClientConfig;
 use safekeeper_protocol::Tli;
 use safekeeper_wal::parse_history_file_name;
 
 use self::offer::{Answer, Question, SegmentOffer, Wanted};
 use self::sources::Sources;
 use self::target::Target;
-use crate::wal_client::WalClientConfig;
 
 /// For each step of asking one safekeeper.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(3);

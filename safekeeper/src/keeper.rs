@@ -36,21 +36,19 @@ use std::time::Instant;
 use safekeeper_protocol::{
     Acceptor, AcceptorAction, AcceptorState, ClusterIdentity, Lsn, Read, Refusal, Term,
 };
+use safekeeper_wire::pgwire::{ConnectionError, ErrorReport};
+pub use turn::Turn;
 
 use crate::consumers::Consumers;
 use crate::control_file::{ControlFile, ControlFileError};
 use crate::disk::{Disk, StorageError};
 use crate::identity::Identity;
 use crate::metrics::ClusterMetrics;
-use crate::pgwire::{ConnectionError, ErrorReport};
-
 use crate::status::{ClusterStatus, ConfigurationStatus, LsnText, StandbyStatus, term_history};
 use crate::view::View;
 use crate::wal_reader::{ReadError, WalReader};
 use crate::wal_storage::{OpenError, WalStorage};
 use crate::watch::Watch;
-
-pub use turn::Turn;
 
 /// One cluster's keeper.
 #[derive(Debug)]

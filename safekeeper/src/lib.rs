@@ -20,10 +20,7 @@ mod write_order;
 pub mod config;
 pub mod logging;
 pub mod metrics;
-pub mod pgwire;
 pub mod replication_command;
-pub mod standby_message;
-pub mod startup;
 pub mod status;
 pub mod watch;
 
@@ -43,4 +40,3 @@ pub mod server;
 
 // Who asks other safekeepers.
 pub mod fetch_wal;
-pub mod wal_client;

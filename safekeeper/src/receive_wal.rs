@@ -29,11 +29,11 @@ use safekeeper_protocol::{
     AcceptorMessage, ClusterIdentity, Lsn, ProposerGreeting, ProposerMessage, Read, ReadResponse,
     Session,
 };
+use safekeeper_wire::pgwire::{ConnectionError, ErrorReport, Filled, Wait};
 
 use crate::clusters::{Clusters, Unknown};
 use crate::connection::Connection;
 use crate::keeper::{Keeper, PushError, Reader, Turn};
-use crate::pgwire::{ConnectionError, ErrorReport, Filled, Wait};
 
 /// Length word of the longest CopyData: a message and the word itself.
 const FRAME_LEN_MAX: usize = 4 + MESSAGE_LEN_MAX;

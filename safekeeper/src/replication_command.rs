@@ -8,8 +8,7 @@
 //! are taken in any case. Names may be quoted as in SQL.
 
 use safekeeper_protocol::{Lsn, Tli};
-
-use crate::pgwire::ErrorReport;
+use safekeeper_wire::pgwire::ErrorReport;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReplicationCommand {

@@ -33,18 +33,18 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use safekeeper_client::wal_client::TimelineEnd;
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::PAGE_SIZE;
-
-use crate::connection::{Connection, closed};
-use crate::consumers::{Attached, ConsumerState};
-use crate::keeper::{Keeper, Reader};
-use crate::pgwire::{ColumnType, ConnectionError, ErrorReport, Filled, Wait};
-use crate::replication_command::ReplicationCommand;
-use crate::standby_message::{
+use safekeeper_wire::pgwire::{ColumnType, ConnectionError, ErrorReport, Filled, Wait, closed};
+use safekeeper_wire::standby_message::{
     STANDBY_MESSAGE_LEN_MAX, StandbyMessage, decode_standby_message, invalid_tag, postgres_time,
 };
-use crate::view::TimelineEnd;
+
+use crate::connection::Connection;
+use crate::consumers::{Attached, ConsumerState};
+use crate::keeper::{Keeper, Reader};
+use crate::replication_command::ReplicationCommand;
 
 /// Most WAL in one message, in bytes (`MAX_SEND_SIZE`): sixteen pages.
 const SEND_LEN_MAX: u64 = 16 * PAGE_SIZE as u64;

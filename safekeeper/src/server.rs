@@ -19,6 +19,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use safekeeper_wire::pgwire::{ErrorReport, Output};
+
 use crate::clusters::Clusters;
 use crate::config::{Config, ConfigError};
 use crate::connection::{Clock, Connection};
@@ -28,7 +30,6 @@ use crate::http::HttpServer;
 use crate::identity::DataDir;
 use crate::keeper::Retention;
 use crate::metrics::Metrics;
-use crate::pgwire::{ErrorReport, Output};
 
 /// How far commit_lsn in the control file lags behind at most.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(1);

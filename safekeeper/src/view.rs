@@ -12,22 +12,15 @@
 
 use std::borrow::Cow;
 
+use safekeeper_client::wal_client::TimelineEnd;
 use safekeeper_protocol::{AcceptorState, Lsn, TimelineFile, Tli};
 use safekeeper_wal::{GIVEN_UP, TimelineHistory, TimelineSwitch};
-
-use crate::pgwire::ErrorReport;
+use safekeeper_wire::pgwire::ErrorReport;
 
 #[derive(Clone, Debug)]
 pub struct View {
     pub state: AcceptorState,
     timeline_files: Vec<TimelineFile>,
-}
-
-/// Where a timeline that has ended gave way to the next.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct TimelineEnd {
-    pub end_lsn: Lsn,
-    pub next_tli: Tli,
 }
 
 impl View {

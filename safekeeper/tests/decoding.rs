@@ -14,12 +14,12 @@ use proptest::sample::{Index, select};
 use safekeeper::config::Config;
 use safekeeper::control_file;
 use safekeeper::identity::{self, Identity};
-use safekeeper::pgwire::{ErrorReport, Filled, Input};
 use safekeeper::replication_command::{ReplicationCommand, parse};
-use safekeeper::startup::{Opening, next_opening};
 use safekeeper_protocol::{
     AcceptorState, ClusterIdentity, Incarnation, Lsn, MemberId, Term, TermEntry, TermHistory, Tli,
 };
+use safekeeper_wire::pgwire::{ErrorReport, Filled, Input};
+use safekeeper_wire::startup::{Opening, next_opening};
 
 mod support {
     pub mod damage;

@@ -11,11 +11,11 @@ use std::fmt::Debug;
 
 use allocation_counter::{measure, opt_out};
 use safekeeper::connection::command_of;
-use safekeeper::pgwire::{ErrorReport, Filled, Input, LEN_MAX_UNAUTHENTICATED, PROTOCOL_3_0};
 use safekeeper::replication_command::ReplicationCommand;
-use safekeeper::standby_message::{STANDBY_MESSAGE_LEN_MAX, decode_standby_message};
-use safekeeper::startup::{Opening, next_opening};
 use safekeeper_protocol::codec::MESSAGE_LEN_MAX;
+use safekeeper_wire::pgwire::{ErrorReport, Filled, Input, LEN_MAX_UNAUTHENTICATED, PROTOCOL_3_0};
+use safekeeper_wire::standby_message::{STANDBY_MESSAGE_LEN_MAX, decode_standby_message};
+use safekeeper_wire::startup::{Opening, next_opening};
 
 /// The buffer of every connection, 128 KiB, and as much again for parsed text and for an error,
 /// which may quote it.

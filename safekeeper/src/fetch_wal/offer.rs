@@ -6,13 +6,13 @@
 
 use std::time::{Duration, Instant};
 
+use safekeeper_client::wal_client::{
+    ClientError, SystemIdentity, WalClient, WalClientConfig, WalEvent, WalStream,
+};
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::{TimelineHistory, history_file_name, parse_segment_file_name};
 
 use super::target::{Target, Temporary};
-use crate::wal_client::{
-    ClientError, SystemIdentity, WalClient, WalClientConfig, WalEvent, WalStream,
-};
 
 /// WAL that is committed is sent at once; longer without any, and the safekeeper is given up.
 const STALL_TIMEOUT: Duration = Duration::from_secs(10);

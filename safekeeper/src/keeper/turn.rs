@@ -21,10 +21,10 @@ use std::time::Instant;
 use safekeeper_protocol::{
     Acceptor, AcceptorAction, AcceptorMessage, Append, Lsn, ProposerMessage, Session, Term, Tli,
 };
+use safekeeper_wire::pgwire::ErrorReport;
 
 use super::{Held, Keeper, PushError, lock, stop_on};
 use crate::control_file::{ControlFileError, read_state};
-use crate::pgwire::ErrorReport;
 use crate::view::View;
 use crate::wal_storage::{TruncateError, WriteError};
 

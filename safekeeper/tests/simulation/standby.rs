@@ -11,7 +11,7 @@
 //! of the timeline that the file names. If it ever stands on a timeline that a safekeeper's newest
 //! one does not descend from, a promotion that died was shown to it, and there is no way back.
 
-use safekeeper::view::TimelineEnd;
+use safekeeper_client::wal_client::TimelineEnd;
 use safekeeper_protocol::{LocalLog, Lsn, Standing, Tli};
 use safekeeper_wal::{TimelineHistory, WalDecoder};
 

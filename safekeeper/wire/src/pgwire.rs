@@ -88,6 +88,11 @@ impl From<io::Error> for ConnectionError {
     }
 }
 
+/// The peer has closed its side.
+pub fn closed() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "closed by the peer")
+}
+
 /// How reading ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Filled {

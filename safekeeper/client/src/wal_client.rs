@@ -27,12 +27,9 @@ use std::time::{Duration, Instant};
 
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::SegmentSize;
-
-use crate::connection::closed;
-use crate::pgwire::{ErrorReport, Filled, Input, Output, Wait};
-use crate::standby_message::encode_status;
-use crate::startup::{cluster_option, encode_startup};
-use crate::view::TimelineEnd;
+use safekeeper_wire::pgwire::{ErrorReport, Filled, Input, Output, Wait, closed};
+use safekeeper_wire::standby_message::encode_status;
+use safekeeper_wire::startup::{cluster_option, encode_startup};
 
 /// Longest message that is taken, in bytes: a WAL sender cuts WAL into pieces of 128 KiB, and
 /// history files are far shorter.
@@ -112,6 +109,13 @@ pub struct SystemIdentity {
     pub tli: Tli,
     /// Where its WAL ends: a safekeeper's commit_lsn.
     pub end_lsn: Lsn,
+}
+
+/// Where a timeline that has ended gave way to the next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimelineEnd {
+    pub end_lsn: Lsn,
+    pub next_tli: Tli,
 }
 
 /// A message of the peer, copied out of the buffer.
