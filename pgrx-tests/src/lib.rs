@@ -23,6 +23,7 @@ pub mod readers;
 pub mod safekeeper;
 pub mod slow_disk;
 pub mod wal_compare;
+pub mod walsender;
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -30,7 +31,7 @@ use std::time::Duration;
 use safekeeper_protocol::Lsn;
 
 use crate::place::TestDir;
-use crate::poll::{SOON, wait_until};
+use crate::poll::{SOON, wait_for, wait_until};
 use crate::postgres::Postgres;
 use crate::safekeeper::Safekeeper;
 use crate::wal_compare::WalDir;
@@ -109,18 +110,47 @@ impl Cluster {
 
     /// From its next start on this server is a standby, fed by any of the safekeepers.
     pub fn follow_safekeepers(&self, standby: &Postgres) {
+        standby.configure(&format!(
+            "primary_conninfo = '{}'",
+            self.conninfo(standby.name())
+        ));
+        standby.configure("wal_retrieve_retry_interval = '200ms'");
+        standby.touch("standby.signal");
+    }
+
+    /// How a client of that name reaches any of the safekeepers, in libpq's words.
+    pub fn conninfo(&self, application_name: &str) -> String {
         let list = |part: fn(&Safekeeper) -> String| {
             let parts: Vec<_> = self.safekeepers.iter().map(part).collect();
             parts.join(",")
         };
-        standby.configure(&format!(
-            "primary_conninfo = 'host={} port={} application_name={}'",
+        format!(
+            "host={} port={} user=postgres application_name={application_name}",
             list(|s| s.address().ip().to_string()),
             list(|s| s.address().port().to_string()),
-            standby.name(),
-        ));
-        standby.configure("wal_retrieve_retry_interval = '200ms'");
-        standby.touch("standby.signal");
+        )
+    }
+
+    /// Waits until a client of that name streams from a safekeeper, and says from which.
+    #[track_caller]
+    pub fn wait_source_of(&self, application_name: &str) -> usize {
+        let what = format!("{application_name} streams from a safekeeper");
+        let streams = |s: &Safekeeper| s.consumer(self.system_id, application_name).is_some();
+        wait_for(&what, SOON, || self.safekeepers.iter().position(streams))
+    }
+
+    /// Waits until a safekeeper has heard from that client that it flushed what is before `lsn`.
+    #[track_caller]
+    pub fn wait_flushed_by(&self, application_name: &str, lsn: Lsn) {
+        let what = format!("{application_name} has flushed {lsn}");
+        let flushed = |s: &Safekeeper| {
+            let consumer = s.consumer(self.system_id, application_name)?;
+            consumer["flush_lsn"].as_str()?.parse::<Lsn>().ok()
+        };
+        wait_until(&what, SOON, || {
+            let flushed = self.safekeepers.iter().filter_map(flushed).max();
+            flushed >= Some(lsn)
+        });
     }
 
     /// Waits until that many members are active in the view.

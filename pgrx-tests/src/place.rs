@@ -38,6 +38,17 @@ impl Programs {
         Programs::existing("PG_BINDIR", bindir.map(|dir| dir.join(name)))
     }
 
+    /// A program of somebody else's, which `scripts/install-deps` installs.
+    pub fn installed(name: &str) -> PathBuf {
+        let path = Path::new("/usr/bin").join(name);
+        assert!(
+            path.exists(),
+            "{} does not exist; scripts/install-deps installs it",
+            path.display()
+        );
+        path
+    }
+
     fn existing(variable: &str, path: Option<PathBuf>) -> PathBuf {
         let path = path.unwrap_or_else(|| {
             panic!("{variable} is not set; scripts/cluster-tests builds what is needed and sets it")

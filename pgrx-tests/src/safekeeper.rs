@@ -167,6 +167,15 @@ impl Safekeeper {
         clusters.iter().find(is_it).cloned()
     }
 
+    /// What the status says about a client that streams WAL from here.
+    pub fn consumer(&self, system_id: u64, application_name: &str) -> Option<Value> {
+        let cluster = self.cluster(system_id)?;
+        let mut consumers = cluster["standbys"].as_array()?.iter();
+        consumers
+            .find(|consumer| consumer["application_name"] == application_name)
+            .cloned()
+    }
+
     /// A position from the status, such as `flush_lsn`; 0/0 if it is not known.
     #[track_caller]
     pub fn lsn(&self, system_id: u64, field: &str) -> Lsn {

@@ -8,7 +8,7 @@ use safekeeper_wal::end_of_log::SegmentFiles;
 use safekeeper_wal::history::TimelineHistory;
 use safekeeper_wal::segment_name::{SegmentSize, parse_segment_file_name, segment_file_name};
 
-use crate::place::Programs;
+use crate::place::{Programs, copy_tree};
 use crate::process::run;
 
 /// A directory of segment files: a server's pg_wal, or a safekeeper's.
@@ -136,3 +136,55 @@ impl WalDir {
 
 const CHUNK: usize = 1 << 20;
 const PAGE_SIZE: u64 = 8192;
+
+/// Panics unless the segments of 16 MB that both directories hold, of all timelines, are equal; what lies
+/// behind `end` does not count. Returns how many there are.
+#[track_caller]
+pub fn assert_files_equal(held: &Path, theirs: &Path, end: Lsn) -> usize {
+    let mut equal = 0;
+    for name in file_names(held) {
+        let Some((_, segno)) = parse_segment_file_name(&name, SegmentSize::DEFAULT) else {
+            continue;
+        };
+        let begin = segno * u64::from(SegmentSize::DEFAULT.bytes());
+        let len = usize::try_from(end.0.saturating_sub(begin)).expect("a small cluster");
+        let read = |dir: &Path| {
+            let mut bytes = std::fs::read(dir.join(&name)).ok()?;
+            bytes.truncate(len);
+            Some(bytes)
+        };
+        if let Some(bytes) = read(theirs) {
+            assert!(
+                read(held) == Some(bytes),
+                "{name} differs: {} and {}",
+                held.display(),
+                theirs.display()
+            );
+            equal += 1;
+        }
+    }
+    equal
+}
+
+/// In order.
+pub fn file_names(dir: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(dir);
+    let entries = entries.unwrap_or_else(|e| panic!("could not read {}: {e}", dir.display()));
+    let mut names: Vec<_> = entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    names.sort();
+    names
+}
+
+/// A copy of what a receiver has, the unfinished segment of the newest timeline under its final name.
+pub fn copy_received(received: &Path, copy: &Path) {
+    copy_tree(received, copy);
+    let newest = file_names(copy).into_iter().rfind(|name| name.len() >= 24);
+    if let Some(name) = newest
+        && let Some(name_when_full) = name.strip_suffix(".partial")
+    {
+        std::fs::rename(copy.join(&name), copy.join(name_when_full)).expect("our own copy");
+    }
+}

@@ -5,12 +5,12 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use cluster_tests::Cluster;
-use cluster_tests::place::{Programs, copy_tree};
+use cluster_tests::place::Programs;
 use cluster_tests::poll::{SOON, never_within, wait_until};
 use cluster_tests::postgres::Stop;
 use cluster_tests::process::{Process, spawn};
 use cluster_tests::safekeeper::Safekeeper;
-use cluster_tests::wal_compare::WalDir;
+use cluster_tests::wal_compare::{WalDir, copy_received};
 use safekeeper_protocol::Lsn;
 
 /// Under load, the safekeeper they follow is killed and started again, and so is pg_receivewal.
@@ -143,13 +143,7 @@ impl Receiver {
 
     /// How far it says it flushed, as the safekeeper knows it.
     fn end(&self, safekeeper: &Safekeeper) -> Lsn {
-        let Some(status) = safekeeper.cluster(self.system_id) else {
-            return Lsn(0);
-        };
-        let standbys = status["standbys"].as_array().cloned().unwrap_or_default();
-        let ours = standbys
-            .iter()
-            .find(|s| s["application_name"] == "pg_receivewal");
+        let ours = safekeeper.consumer(self.system_id, "pg_receivewal");
         let lsn = ours.and_then(|s| s["flush_lsn"].as_str()?.parse().ok());
         lsn.unwrap_or(Lsn(0))
     }
@@ -157,16 +151,7 @@ impl Receiver {
     /// A copy of what it received, the unfinished segment under its final name.
     fn wal_dir(&self, cluster: &Cluster) -> WalDir {
         let copy = cluster.dir.path().join("received.copy");
-        copy_tree(&self.dir, &copy);
-        for file in std::fs::read_dir(&copy).expect("our own copy").flatten() {
-            let path = file.path();
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "partial")
-            {
-                std::fs::rename(&path, path.with_extension("")).expect("our own copy");
-            }
-        }
+        copy_received(&self.dir, &copy);
         WalDir::new(copy)
     }
 }

@@ -11,6 +11,7 @@ use cluster_tests::poll::{SOON, wait_until};
 use cluster_tests::postgres::Stop;
 use cluster_tests::process::{Process, run_ok};
 use cluster_tests::safekeeper::Safekeeper;
+use cluster_tests::wal_compare::{assert_files_equal, file_names};
 use safekeeper_protocol::Lsn;
 
 /// A receiver and a standby stream while the timeline changes twice, once in the middle of a segment
@@ -60,55 +61,28 @@ fn receivers_and_standbys_follow_over_the_switch() {
     // Every segment that was finished, under the name and with the bytes that the server gave it.
     let theirs = second.wal_dir();
     wait_until("the receiver has come to timeline 3", SOON, || {
-        names(&received)
+        file_names(&received)
             .iter()
             .any(|name| name.starts_with("00000003"))
     });
     assert!(
-        count_equal(&received, &theirs, end) >= 2,
+        assert_files_equal(&received, &theirs, end) >= 2,
         "{:?}",
-        names(&received)
+        file_names(&received)
     );
     for safekeeper in &cluster.safekeepers {
         wait_until("all is committed", SOON, || {
             safekeeper.lsn(cluster.system_id, "commit_lsn") >= end
         });
         let held = safekeeper.wal_dir(cluster.system_id);
-        assert!(count_equal(&held, &theirs, end) >= 2, "{:?}", names(&held));
+        assert!(
+            assert_files_equal(&held, &theirs, end) >= 2,
+            "{:?}",
+            file_names(&held)
+        );
         let (ok, report) = safekeeper.verify();
         assert!(ok, "{report}");
     }
-}
-
-/// Segments that both directories hold, of all timelines, the last one up to `end`. They must be
-/// equal.
-fn count_equal(held: &Path, theirs: &Path, end: Lsn) -> usize {
-    let segment = |name: &str| {
-        let half = |part: &str| u64::from_str_radix(part, 16).expect("a segment's name");
-        half(&name[8..16]) << 8 | half(&name[16..24])
-    };
-    let read = |dir: &Path, name: &str| {
-        let mut bytes = std::fs::read(dir.join(name)).ok()?;
-        let begin = segment(name) << 24;
-        bytes.truncate(usize::try_from(end.0.saturating_sub(begin)).expect("it fits"));
-        Some(bytes)
-    };
-    let is_segment = |name: &&String| name.len() == 24;
-    names(held)
-        .iter()
-        .filter(is_segment)
-        .filter(|name| {
-            let Some(bytes) = read(theirs, name) else {
-                return false;
-            };
-            assert!(
-                read(held, name) == Some(bytes),
-                "{name} in {}",
-                held.display()
-            );
-            true
-        })
-        .count()
 }
 
 /// Whoever begins on a timeline that has ended gets its WAL up to the end, and hears which is next.
@@ -165,19 +139,4 @@ fn psql_like(program: &str, safekeeper: &Safekeeper) -> Command {
     command.args(["--port", &address.port().to_string()]);
     command.args(["--username", "postgres", "--no-password"]);
     command
-}
-
-fn names(dir: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(dir).expect("listed");
-    let mut names: Vec<_> = entries
-        .map(|entry| {
-            entry
-                .expect("an entry")
-                .file_name()
-                .to_string_lossy()
-                .into_owned()
-        })
-        .collect();
-    names.sort();
-    names
 }
