@@ -89,20 +89,28 @@ impl Postgres {
     /// `pg_basebackup` from a running server, without WAL: where that comes from is to be set.
     pub fn base_backup_of(other: &Postgres, dir: &TestDir, name: &str) -> Postgres {
         let backup = Postgres::at(dir, name);
-        backup.back_up(other);
+        backup.back_up(other, "none");
         backup
     }
 
-    /// The same in place of what is here. The server is down.
-    pub fn rebuild_from(&self, other: &Postgres) {
-        fs::remove_dir_all(&self.data).expect("our own files");
-        self.back_up(other);
+    /// The same with the WAL that it needs, streamed beside it.
+    pub fn base_backup_with_wal_of(other: &Postgres, dir: &TestDir, name: &str) -> Postgres {
+        let backup = Postgres::at(dir, name);
+        backup.back_up(other, "stream");
+        backup
     }
 
-    fn back_up(&self, other: &Postgres) {
+    /// The first in place of what is here. The server is down.
+    pub fn rebuild_from(&self, other: &Postgres) {
+        fs::remove_dir_all(&self.data).expect("our own files");
+        self.back_up(other, "none");
+    }
+
+    fn back_up(&self, other: &Postgres, wal_method: &str) {
         let mut command = other.program("pg_basebackup");
         command.arg("--pgdata").arg(&self.data);
-        command.args(["--wal-method=none", "--checkpoint=fast", "--no-sync"]);
+        command.args(["--wal-method", wal_method]);
+        command.args(["--checkpoint=fast", "--no-sync"]);
         run_ok(command);
         self.configure(&format!(
             "unix_socket_directories = '{}'",
