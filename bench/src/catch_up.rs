@@ -45,14 +45,7 @@ pub fn measure(options: &Options, setups: &mut Setups, samples: &mut Samples) {
 fn catch_up(setup: &mut Setup, megabytes: u64) -> Vec<(&'static str, f64)> {
     setup.members[AWAY].kill9();
     let begin = setup.primary.flush_lsn();
-    // A logical message is a record and nothing else: WAL without tables.
-    setup.primary.sql(&format!(
-        "do $$ begin
-            for i in 1..{megabytes} loop
-                perform pg_logical_emit_message(false, '', repeat('x', 1024 * 1024));
-            end loop;
-        end $$; create table flushes (); drop table flushes"
-    ));
+    setup.write_wal(megabytes);
     let end = setup.primary.flush_lsn();
     let begun = Instant::now();
     setup.members[AWAY].start();

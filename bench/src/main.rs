@@ -8,6 +8,8 @@
 mod bulk;
 mod catch_up;
 mod clients;
+mod consumers;
+mod fan_out;
 mod fsync_time;
 mod hosts;
 mod options;
@@ -39,7 +41,7 @@ fn main() {
     let mut samples = Samples::default();
     let machine = Machine::look();
 
-    let on_one_machine = [Part::Clients, Part::Bulk, Part::CatchUp];
+    let on_one_machine = [Part::Clients, Part::Bulk, Part::CatchUp, Part::FanOut];
     if on_one_machine.iter().any(|part| options.wants(*part)) {
         let mut setups = Setups::start(&options, &options.setups, Hosts::OneMachine);
         if options.wants(Part::Clients) {
@@ -51,8 +53,10 @@ fn main() {
         if options.wants(Part::CatchUp) {
             catch_up::measure(&options, &mut setups, &mut samples);
         }
+        if options.wants(Part::FanOut) {
+            fan_out::measure(&options, &mut setups, &mut samples);
+        }
     }
-    // Consumers that read from a safekeeper meanwhile belong here, when they are to be measured.
     if options.wants(Part::Slow) {
         slow_member::measure(&options, &mut samples);
     }

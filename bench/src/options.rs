@@ -34,6 +34,7 @@ pub enum Part {
     Slow,
     Hosts,
     CatchUp,
+    FanOut,
 }
 
 impl Options {
@@ -86,7 +87,8 @@ impl FromStr for Part {
             "slow" => Part::Slow,
             "hosts" => Part::Hosts,
             "catchup" => Part::CatchUp,
-            _ => return Err("one of clients, bulk, slow, hosts, catchup"),
+            "fanout" => Part::FanOut,
+            _ => return Err("one of clients, bulk, slow, hosts, catchup, fanout"),
         })
     }
 }

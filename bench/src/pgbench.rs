@@ -9,7 +9,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use cluster_tests::place::TestDir;
+use cluster_tests::place::{TestDir, give_to_server_user};
 use cluster_tests::process::run_ok;
 
 use crate::setups::{MEMORY, Setup};
@@ -82,6 +82,53 @@ pub fn run(setup: &Setup, clients: u32, time: Duration) -> Run {
         cpu_primary: per_10k(cost.primary),
         cpu_senders: per_10k(cost.senders),
         cpu_members: per_10k(cost.members),
+    }
+}
+
+/// A run of commits at a fixed rate, and what was marked at both ends of its window.
+pub struct RateRun<T> {
+    pub tps: f64,
+    /// From when a commit was due, in milliseconds.
+    pub p50: f64,
+    pub p99: f64,
+    pub marks: (T, T),
+}
+
+/// So many commits a second, from four clients, each with so many bytes of WAL.
+pub fn at_rate<T>(
+    setup: &Setup,
+    rate: u32,
+    bytes: u32,
+    time: Duration,
+    mark: impl Fn() -> T,
+) -> RateRun<T> {
+    let logs = TestDir::new_in(Path::new(MEMORY));
+    let script = logs.path().join("script");
+    let statement = format!("select pg_logical_emit_message(true, '', repeat('x', {bytes}));\n");
+    fs::write(&script, statement).expect("our own directory");
+    give_to_server_user(&script);
+    let whole = WARM_UP + time + Duration::from_secs(1);
+    let mut command = setup.primary.pgbench_command(4, whole);
+    command.arg("--file").arg(&script);
+    command.args(["--rate", &rate.to_string(), "--log", "--log-prefix"]);
+    command.arg(logs.path().join("log"));
+
+    let pgbench = thread::spawn(move || run_ok(command));
+    thread::sleep(WARM_UP);
+    let (begin, mark_before) = (now(), mark());
+    thread::sleep(time);
+    let (end, mark_after) = (now(), mark());
+    pgbench.join().expect("pgbench succeeds");
+    fs::remove_file(&script).expect("our own file");
+    let latencies = latencies_within(logs.path(), begin, end);
+    let commits = latencies.len() as f64;
+    assert!(commits > 0.0, "no commit in {time:?} on {}", setup.kind);
+    let at = |share: f64| latencies[(commits * share) as usize];
+    RateRun {
+        tps: commits / (end - begin).as_secs_f64(),
+        p50: at(0.5),
+        p99: at(0.99),
+        marks: (mark_before, mark_after),
     }
 }
 

@@ -64,6 +64,45 @@ impl Entry {
     }
 }
 
+/// Time on a processor, in seconds, of each of some threads: as the kernel counts it, by the nanosecond. Many
+/// that do little each would be lost in ticks.
+#[derive(Default)]
+pub struct RunTimes(HashMap<u32, f64>);
+
+impl RunTimes {
+    /// Of all threads of these processes that are not among `others`.
+    pub fn of(pids: impl IntoIterator<Item = u32>, others: &RunTimes) -> RunTimes {
+        let threads = pids.into_iter().flat_map(|pid| {
+            let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+            tasks
+                .into_iter()
+                .flatten()
+                .flatten()
+                .filter_map(move |entry| {
+                    let tid = entry.file_name().to_str()?.parse::<u32>().ok()?;
+                    let text =
+                        fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+                    let nanoseconds: f64 = text.split(' ').next()?.parse().ok()?;
+                    Some((tid, nanoseconds / 1e9))
+                })
+        });
+        RunTimes(
+            threads
+                .filter(|(tid, _)| !others.0.contains_key(tid))
+                .collect(),
+        )
+    }
+
+    /// What those have run that were there already.
+    pub fn since(&self, earlier: &RunTimes) -> f64 {
+        let both = self
+            .0
+            .iter()
+            .filter_map(|(tid, time)| Some(time - earlier.0.get(tid)?));
+        both.sum()
+    }
+}
+
 /// Resident memory of a process in megabytes, by what the kernel says it is.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Memory {

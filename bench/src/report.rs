@@ -14,7 +14,7 @@ use crate::fsync_time::{self, FlushTime};
 use crate::options::Options;
 use crate::samples::{Samples, Spread};
 use crate::setups::Kind;
-use crate::{bulk, catch_up, clients, hosts, slow_member};
+use crate::{bulk, catch_up, clients, fan_out, hosts, slow_member};
 
 /// Where it was measured.
 #[derive(Serialize)]
@@ -146,6 +146,35 @@ fn text(options: &Options, machine: &Machine, samples: &Samples) -> String {
             ("senders resident MB", "senders_resident_mb", 1),
             ("a member resident MB", "member_resident_mb", 1),
         ],
+    );
+    let fan_out_ratios = [
+        ("MB per CPU second ours/stock", OURS_STOCK, "mb_per_cpu_s"),
+        ("p50 ours/stock", OURS_STOCK, "p50_ms"),
+    ];
+    let fan_out_figures = [
+        ("commits/s", "tps", 0),
+        ("p50 ms", "p50_ms", 3),
+        ("p99 ms", "p99_ms", 3),
+        ("MB/s to all", "mb_per_s", 1),
+        ("sender's CPU s per GB", "sender_s_per_gb", 2),
+        ("MB per CPU second", "mb_per_cpu_s", 0),
+        ("source resident MB", "source_resident_mb", 1),
+    ];
+    section(
+        &mut text,
+        samples,
+        fan_out::FOLLOWING,
+        "Consumers on one safekeeper, or on a primary, that follow commits at a fixed rate",
+        &fan_out_ratios,
+        &fan_out_figures,
+    );
+    section(
+        &mut text,
+        samples,
+        fan_out::OLDEST,
+        "The same that begin at the oldest WAL",
+        &fan_out_ratios[..1],
+        &fan_out_figures,
     );
     section(
         &mut text,

@@ -134,6 +134,8 @@ pub struct Setup {
     pub members: Vec<Member>,
     /// `None` on one machine.
     disk: Option<SlowDisk>,
+    /// Where the primary listens by TCP, if it does.
+    listen: Option<SocketAddr>,
 }
 
 /// Who stores WAL.
@@ -163,6 +165,7 @@ impl Setup {
             primary,
             members: Vec::new(),
             disk,
+            listen: None,
         };
         match kind {
             Kind::Local => setup.primary.start(),
@@ -179,6 +182,7 @@ impl Setup {
     fn start_stock(&mut self, dir: &TestDir, hosts: Hosts) {
         // Postgres listens at one port on its socket and by TCP, and only this server listens.
         let listen = SocketAddr::new(unused_address().ip(), 5432);
+        self.listen = Some(listen);
         let primary = &self.primary;
         primary.configure(&format!("listen_addresses = '{}'", listen.ip()));
         let names = [1, 2, 3].map(|id| format!("receiver{id}"));
@@ -360,6 +364,33 @@ impl Setup {
         }
     }
 
+    /// Where consumers of WAL go: to a safekeeper, or to the primary of the others.
+    pub fn source(&self) -> SocketAddr {
+        match self.members.first().map(|member| &member.program) {
+            Some(Program::Safekeeper(safekeeper)) => safekeeper.address(),
+            _ => self.listen.expect("a primary that is reached by TCP"),
+        }
+    }
+
+    /// The processes that serve them.
+    pub fn processes_of_source(&self) -> Vec<u32> {
+        match self.members.first().map(|member| &member.program) {
+            Some(Program::Safekeeper(safekeeper)) => vec![safekeeper.process().id()],
+            _ => self.primary.process().children_named("walsender"),
+        }
+    }
+
+    /// A logical message is a record and nothing else: WAL without tables.
+    pub fn write_wal(&self, megabytes: u64) {
+        self.primary.sql(&format!(
+            "do $$ begin
+                for i in 1..{megabytes} loop
+                    perform pg_logical_emit_message(false, '', repeat('x', 1024 * 1024));
+                end loop;
+            end $$; create table flushes (); drop table flushes"
+        ));
+    }
+
     /// What it has cost up to now. These senders are taken for all there are.
     pub fn cost(&self, senders: &[u32]) -> Cost {
         let times = CpuTimes::now();
@@ -476,4 +507,6 @@ autovacuum = off
 full_page_writes = on
 synchronous_commit = on
 wal_sync_method = fdatasync
+max_wal_senders = 60
+wal_keep_size = 2GB
 ";

@@ -12,7 +12,6 @@ use cluster_tests::postgres::Stop;
 use cluster_tests::process::{Process, run_ok};
 use cluster_tests::safekeeper::Safekeeper;
 use cluster_tests::wal_compare::{assert_files_equal, file_names};
-use safekeeper_protocol::Lsn;
 
 /// A receiver and a standby stream while the timeline changes twice, once in the middle of a segment
 /// under load and once behind a switch of segments. What they hold in the end is what the primaries
