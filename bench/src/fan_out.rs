@@ -85,6 +85,11 @@ fn read_oldest(options: &Options, setup: &Setup, round: u32, samples: &mut Sampl
         });
         let seconds = begun.elapsed().as_secs_f64();
         let received = consumers.received() as f64;
+        assert!(
+            received > MEGABYTE,
+            "consumers of {} got nothing",
+            setup.kind
+        );
         let cpu = run_times(setup, &before).since(&times);
         consumers.detach();
         let values = vec![
@@ -116,6 +121,9 @@ fn beside_commits(
     consumers.detach();
     let ((received_before, times), (received, times_after)) = run.marks;
     let received = (received - received_before) as f64;
+    // An error is short: WAL that has been removed, say.
+    let least = (count as f64) * f64::from(COMMIT_BYTES);
+    assert!(received >= least, "consumers of {} got nothing", setup.kind);
     let cpu = times_after.since(&times);
     let mut values = vec![
         ("tps", run.tps),

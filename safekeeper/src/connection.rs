@@ -301,6 +301,11 @@ impl Connection {
         Ok(self.output.send(&self.socket)?)
     }
 
+    /// The same, and then `rest`, to which the last message was begun.
+    pub fn send_with(&mut self, rest: &[u8]) -> Result<(), ConnectionError> {
+        Ok(self.output.send_with(&self.socket, rest)?)
+    }
+
     /// Sleep until something new has arrived, unless there is something already. A message that
     /// stays incomplete for [`STALL_TIMEOUT`] ends the connection.
     pub fn wait_for_frame(&mut self, len_max: usize) -> Result<(), ConnectionError> {

@@ -392,20 +392,20 @@ impl Keeper {
         }
     }
 
-    /// Appends committed WAL to `out`.
+    /// Fills `buffer` with committed WAL.
     pub fn read_committed(
         &self,
         reader: &mut Reader,
-        range: Range<Lsn>,
-        out: &mut Vec<u8>,
+        begin: Lsn,
+        buffer: &mut [u8],
     ) -> Result<(), ConnectionError> {
+        let end = begin + buffer.len() as u64;
         assert!(
-            range.end <= self.commit_lsn(),
-            "{} would be sent, but only {} is committed",
-            range.end,
+            end <= self.commit_lsn(),
+            "{end} would be sent, but only {} is committed",
             self.commit_lsn()
         );
-        self.read(reader, range, out)
+        self.read(reader, begin, buffer)
             .map_err(|error| ConnectionError::Command(self.read_failed(&error)))
     }
 
@@ -416,32 +416,27 @@ impl Keeper {
         range: Range<Lsn>,
         out: &mut Vec<u8>,
     ) -> Result<(), ConnectionError> {
-        match self.read(reader, range, out) {
+        let start = out.len();
+        let len = usize::try_from(range.end - range.start).expect("a message's worth");
+        out.resize(start + len, 0);
+        let result = self.read(reader, range.start, &mut out[start..]);
+        if result.is_err() {
+            out.truncate(start);
+        }
+        match result {
             Ok(()) | Err(ReadError::Removed { .. }) => Ok(()),
             Err(error) => Err(ConnectionError::Fatal(self.read_failed(&error))),
         }
     }
 
-    fn read(
-        &self,
-        reader: &mut Reader,
-        range: Range<Lsn>,
-        out: &mut Vec<u8>,
-    ) -> Result<(), ReadError> {
+    fn read(&self, reader: &mut Reader, begin: Lsn, buffer: &mut [u8]) -> Result<(), ReadError> {
         let view = self.view();
         if !view.same_timelines(&reader.view) {
             let files = view.timeline_files();
             reader.files.set_history(&view.state.history, files);
         }
         reader.view = view;
-        let start = out.len();
-        let len = usize::try_from(range.end - range.start).expect("a message's worth");
-        out.resize(start + len, 0);
-        let result = reader.files.read(range.start, &mut out[start..]);
-        if result.is_err() {
-            out.truncate(start);
-        }
-        result
+        reader.files.read(begin, buffer)
     }
 
     fn read_failed(&self, error: &ReadError) -> ErrorReport {

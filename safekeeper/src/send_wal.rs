@@ -24,6 +24,9 @@
 //! A consumer that starts ahead of commit_lsn waits. A primary would refuse it, but here commit_lsn
 //! is persisted lazily and a safekeeper may lag, so it is no fault of the consumer's.
 //!
+//! A consumer that takes nothing holds one message and its thread, which waits in send(2), for as long as
+//! wal_sender_timeout; then it is dropped.
+//!
 //! A timeline is shown only once commit_lsn is beyond its begin: a standby that followed an
 //! earlier sign of it might follow a promotion that dies.
 //!
@@ -41,7 +44,7 @@ use safekeeper_wire::standby_message::{
     STANDBY_MESSAGE_LEN_MAX, StandbyMessage, decode_standby_message, invalid_tag, postgres_time,
 };
 
-use crate::connection::Connection;
+use crate::connection::{Connection, STALL_TIMEOUT};
 use crate::consumers::{Attached, ConsumerState};
 use crate::keeper::{Keeper, Reader};
 use crate::replication_command::ReplicationCommand;
@@ -215,6 +218,8 @@ fn start_replication(
         tli,
         end,
         sent_lsn: start_lsn,
+        wal: Vec::new(),
+        may_have_replied: true,
         last_heard: Instant::now(),
         reply_requested: false,
         sending: true,
@@ -222,7 +227,10 @@ fn start_replication(
     };
     connection.output.copy_both();
     connection.send()?;
+    let timeout = connection.shared.config.wal_sender_timeout;
+    connection.socket.set_write_timeout(timeout)?;
     let ended = sender.stream(connection);
+    connection.socket.set_write_timeout(Some(STALL_TIMEOUT))?;
     log::info!(
         "streaming ended from={} application_name={} cluster={} tli={tli} sent_lsn={}",
         connection.peer(),
@@ -230,10 +238,28 @@ fn start_replication(
         keeper.cluster().name,
         sender.sent_lsn
     );
+    if let Err(ConnectionError::Lost(error)) = &ended
+        && error.kind() == std::io::ErrorKind::WouldBlock
+    {
+        // There is no room for last words to whoever takes none.
+        log::warn!(
+            "{} (it takes nothing) from={} application_name={}",
+            timed_out().message,
+            connection.peer(),
+            connection.startup.application_name
+        );
+    }
     ended?;
     let end = sender.end;
     finish(connection, end);
     Ok(())
+}
+
+fn timed_out() -> ErrorReport {
+    ErrorReport::new(
+        "08006",
+        "terminating walsender process due to replication timeout",
+    )
 }
 
 /// The command is over: which timeline comes next, and two completions. The second says nothing
@@ -264,6 +290,11 @@ struct Sender<'a> {
     /// Where the timeline being streamed ends; none while it is the newest.
     end: Option<TimelineEnd>,
     sent_lsn: Lsn,
+    /// What WAL is sent from, as long as the longest message. Given back when nothing has come for so long
+    /// that it is time for a sign of life.
+    wal: Vec<u8>,
+    /// The consumer may have said something since its replies were last taken.
+    may_have_replied: bool,
     last_heard: Instant,
     /// It has been asked for a sign of life since it was last heard.
     reply_requested: bool,
@@ -277,10 +308,13 @@ impl Sender<'_> {
     /// Until both sides have said CopyDone.
     fn stream(&mut self, connection: &mut Connection) -> Result<(), ConnectionError> {
         while self.sending || self.receiving {
-            self.take_replies(connection)?;
+            if self.may_have_replied {
+                self.take_replies(connection)?;
+            }
             let caught_up = self.send_some(connection)?;
             self.look_after_time(connection)?;
             connection.send()?;
+            self.may_have_replied = true;
             if caught_up && (self.sending || self.receiving) {
                 self.sleep(connection)?;
             }
@@ -324,19 +358,21 @@ impl Sender<'_> {
         end_lsn: Lsn,
         limit: Lsn,
     ) -> Result<(), ConnectionError> {
-        let range = self.sent_lsn..end_lsn;
-        let (keeper, reader) = (self.keeper, &mut self.reader);
-        connection.output.try_message(b'd', |out| {
+        let begin = self.sent_lsn;
+        let len = usize::try_from(end_lsn - begin).expect("a message's worth");
+        if self.wal.len() < len {
+            self.wal.resize(len, 0);
+        }
+        let wal = &mut self.wal[..len];
+        self.keeper.read_committed(&mut self.reader, begin, wal)?;
+        connection.output.copy_data_begin(len, |out| {
             out.push(b'w');
-            out.extend_from_slice(&range.start.0.to_be_bytes());
+            out.extend_from_slice(&begin.0.to_be_bytes());
             out.extend_from_slice(&limit.0.to_be_bytes());
             out.extend_from_slice(&postgres_time().to_be_bytes());
-            keeper.read_committed(reader, range.clone(), out)
-        })?;
-        self.keeper
-            .metrics
-            .sent_wal_bytes
-            .inc_by(end_lsn - range.start);
+        });
+        connection.send_with(wal)?;
+        self.keeper.metrics.sent_wal_bytes.inc_by(len as u64);
         self.sent_lsn = end_lsn;
         self.attached.update(|p| {
             p.sent_lsn = end_lsn;
@@ -413,12 +449,13 @@ impl Sender<'_> {
         let Some(timeout) = connection.shared.config.wal_sender_timeout else {
             return Ok(());
         };
+        if self.last_heard.elapsed() >= timeout {
+            // It may have spoken while we waited for it to take what we sent.
+            self.take_replies(connection)?;
+        }
         let silence = self.last_heard.elapsed();
         if silence >= timeout {
-            return Err(ConnectionError::Fatal(ErrorReport::new(
-                "08006",
-                "terminating walsender process due to replication timeout",
-            )));
+            return Err(ConnectionError::Fatal(timed_out()));
         }
         if silence >= timeout / 2 && !self.reply_requested {
             self.reply_requested = true;
@@ -460,7 +497,9 @@ impl Sender<'_> {
                 PollFd::from_borrowed_fd(self.attached.wake_fd(), PollFlags::IN),
             ];
             match poll(&mut fds, timeout.as_ref()) {
-                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Ok(0) => self.wal = Vec::new(),
+                Ok(_) => self.may_have_replied = !fds[0].revents().is_empty(),
+                Err(rustix::io::Errno::INTR) => {}
                 Err(errno) => return Err(std::io::Error::from(errno).into()),
             }
         }

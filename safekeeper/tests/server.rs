@@ -696,6 +696,46 @@ fn a_silent_consumer_is_asked_and_then_dropped() {
     assert!(words.message.contains("replication timeout"), "{words:?}");
 }
 
+/// One that takes nothing is dropped when the timeout is over; one that takes little at a time is not, though
+/// what it says in between waits behind what it is sent.
+#[test]
+fn a_consumer_that_takes_nothing_is_dropped() {
+    let timeout = Duration::from_secs(1);
+    let daemon = Daemon::with(|config| config.wal_sender_timeout = Some(timeout));
+    // Far more than the sockets of both sides hold.
+    let wal = some_wal(32 * SEGMENT);
+    let _proposer = daemon.with_log(&wal);
+    let start = format!("START_REPLICATION {LOG_START}");
+    let [mut slow, mut stalled] = ["slow", "stalled"].map(|name| {
+        let client = Client::connect(daemon.address(), &[("application_name", name)]);
+        let mut client = client.expect("connected");
+        client.start(&start).expect("streaming");
+        client
+    });
+    let streaming = || -> Vec<String> {
+        let standbys = daemon.cluster_status("main").standbys;
+        standbys.into_iter().map(|s| s.application_name).collect()
+    };
+    assert_eq!(streaming().len(), 2);
+    let begun = Instant::now();
+    let mut taken = LOG_START;
+    // It reads at its leisure.
+    while begun.elapsed() < 5 * timeout && streaming().contains(&"stalled".to_owned()) {
+        slow.standby_reply([taken; 3], false);
+        let StreamMessage::Wal { begin, wal, .. } = slow.stream_message().expect("WAL") else {
+            continue;
+        };
+        assert_eq!(begin, taken);
+        taken = begin + wal.len() as u64;
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(streaming(), ["slow"]);
+    // What was on its way is all that comes; it may end with an error.
+    let _ = stalled.socket.read_to_end(&mut Vec::new());
+    let rest = slow.stream_until(taken, wal.position());
+    assert_eq!(rest, wal.bytes_from(taken));
+}
+
 #[test]
 fn what_standbys_report_reaches_the_proposer_and_the_status() {
     let daemon = Daemon::start();

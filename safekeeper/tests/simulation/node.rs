@@ -199,11 +199,9 @@ impl Node {
             if begin >= end_lsn {
                 return None;
             }
-            let mut wal = Vec::new();
+            let mut wal = vec![0; (end_lsn - begin) as usize];
             let mut reader = keeper.reader();
-            keeper
-                .read_committed(&mut reader, begin..end_lsn, &mut wal)
-                .ok()?;
+            keeper.read_committed(&mut reader, begin, &mut wal).ok()?;
             Some(wal)
         })
     }

@@ -14,10 +14,10 @@
 //! a copy. A large frame is read up to its own end and not beyond, so that the next one begins at
 //! the front of an empty buffer and nothing needs to be moved.
 //!
-//! Only [`Input::fill`] and [`Output::send`] touch the socket: TLS will come to stand there. Not
+//! Only [`Input::fill`], [`Output::send`] and [`Output::send_with`] touch the socket: TLS will come to stand there. Not
 //! here: authentication, and what any command means.
 
-use std::io::{self, Write};
+use std::io::{self, IoSlice, Write};
 use std::net::TcpStream;
 
 use rustix::net::RecvFlags;
@@ -280,6 +280,34 @@ impl Output {
         self.buffer.clear();
         self.buffer.shrink_to(OUTPUT_KEPT);
         Ok(())
+    }
+
+    /// The same, and behind it bytes that lie elsewhere: the rest of a message begun with
+    /// [`Output::copy_data_begin`].
+    pub fn send_with(&mut self, mut socket: &TcpStream, rest: &[u8]) -> io::Result<()> {
+        let mut slices = [IoSlice::new(&self.buffer), IoSlice::new(rest)];
+        let mut slices = &mut slices[..];
+        while slices.iter().any(|slice| !slice.is_empty()) {
+            match socket.write_vectored(slices) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => IoSlice::advance_slices(&mut slices, sent),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        self.buffer.clear();
+        self.buffer.shrink_to(OUTPUT_KEPT);
+        Ok(())
+    }
+
+    /// The beginning of a copy's message, of which `rest_len` bytes are still to come.
+    pub fn copy_data_begin(&mut self, rest_len: usize, begin: impl FnOnce(&mut Vec<u8>)) {
+        let start = self.buffer.len();
+        self.buffer.extend_from_slice(&[b'd', 0, 0, 0, 0]);
+        begin(&mut self.buffer);
+        let len = u32::try_from(self.buffer.len() - start - 1 + rest_len)
+            .expect("every message we build is far below 4 GiB");
+        self.buffer[start + 1..start + 5].copy_from_slice(&len.to_be_bytes());
     }
 
     /// One message: `tag`, length, and what `body` appends.
