@@ -214,6 +214,12 @@ impl Connection {
         ] {
             output.parameter_status(name, value);
         }
+        if pg_major >= 16 {
+            output.parameter_status("scram_iterations", "4096");
+        }
+        if pg_major >= 18 {
+            output.parameter_status("search_path", "\"$user\", public");
+        }
         // Nothing here can be cancelled, so the key opens nothing.
         output.backend_key_data(std::process::id(), self.id as u32);
         output.ready_for_query();
@@ -251,12 +257,13 @@ impl Connection {
                 }
                 b'P' | b'B' | b'D' | b'E' | b'C' | b'F' | b'H' => {
                     let function_call = frame.tag == b'F';
-                    self.output.error(
-                        "ERROR",
-                        &ErrorReport::protocol(
-                            "extended query protocol not supported in a replication connection",
-                        ),
-                    );
+                    let what = if function_call {
+                        "fastpath function calls"
+                    } else {
+                        "extended query protocol"
+                    };
+                    let text = format!("{what} not supported in a replication connection");
+                    self.output.error("ERROR", &ErrorReport::protocol(text));
                     // A function call has no Sync after it.
                     skipping = !function_call;
                     if function_call {
@@ -267,7 +274,7 @@ impl Connection {
                 b'd' | b'c' | b'f' => {}
                 tag => {
                     return Err(ConnectionError::Fatal(ErrorReport::protocol(format!(
-                        "invalid frontend message type 0x{tag:02x}"
+                        "invalid frontend message type {tag}"
                     ))));
                 }
             }
@@ -278,7 +285,6 @@ impl Connection {
     fn run_command(&mut self, command: ReplicationCommand) -> Result<After, ConnectionError> {
         let shared = self.shared.clone();
         match command {
-            ReplicationCommand::Empty => self.output.empty_query(),
             ReplicationCommand::StartWalPush => {
                 receive_wal::receive(self, &shared.clusters)?;
                 return Ok(After::End);

@@ -4,16 +4,14 @@
 //! ours: a proposer's connection begins with it.
 //!
 //! A text that begins with none of the known words is taken for SQL and refused as a WAL sender
-//! refuses it; one that begins with such a word and goes on wrongly is a syntax error. Key words
-//! are taken in any case. Names may be quoted as in SQL.
+//! refuses it, the empty one too; one that begins with such a word and goes on wrongly is a syntax
+//! error. Key words are in upper case. Names may be quoted as in SQL.
 
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wire::pgwire::ErrorReport;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReplicationCommand {
-    /// Nothing but white space.
-    Empty,
     IdentifySystem,
     Show(String),
     TimelineHistory(Tli),
@@ -32,19 +30,20 @@ pub enum ReplicationCommand {
 /// The command in `text`; a semicolon may end it.
 pub fn parse(text: &str) -> Result<ReplicationCommand, ErrorReport> {
     let mut words = Words { rest: text };
-    let command = match words.next()? {
-        None => return Ok(ReplicationCommand::Empty),
-        Some(Word::Plain(first)) => parse_command(first, &mut words)?,
-        Some(_) => return Err(not_a_command()),
+    let first = match words.next() {
+        Ok(Some(Word::Plain(first))) => first,
+        Err(report) if report.message != SYNTAX_ERROR => return Err(report),
+        _ => return Err(not_a_command()),
     };
+    let command = parse_command(first, &mut words)?;
     match words.next()? {
         None => Ok(command),
-        Some(_) => Err(syntax_error(words.rest)),
+        Some(_) => Err(syntax_error()),
     }
 }
 
 fn parse_command(first: &str, words: &mut Words<'_>) -> Result<ReplicationCommand, ErrorReport> {
-    match first.to_ascii_uppercase().as_str() {
+    match first {
         "IDENTIFY_SYSTEM" => Ok(ReplicationCommand::IdentifySystem),
         "SHOW" => Ok(ReplicationCommand::Show(words.name()?)),
         "TIMELINE_HISTORY" => Ok(ReplicationCommand::TimelineHistory(words.tli()?)),
@@ -101,20 +100,13 @@ fn not_a_command() -> ErrorReport {
         "0A000",
         "cannot execute SQL commands in WAL sender for physical replication",
     )
-    .hint(
-        "A safekeeper understands IDENTIFY_SYSTEM, SHOW, TIMELINE_HISTORY, START_REPLICATION, \
-         READ_REPLICATION_SLOT and START_WAL_PUSH.",
-    )
 }
 
-fn syntax_error(near: &str) -> ErrorReport {
-    let near: String = near.trim().chars().take(60).collect();
-    let message = if near.is_empty() {
-        "syntax error at end of input".to_owned()
-    } else {
-        format!("syntax error at or near \"{near}\"")
-    };
-    ErrorReport::new("42601", message)
+const SYNTAX_ERROR: &str = "syntax error";
+
+/// A WAL sender does not say where.
+fn syntax_error() -> ErrorReport {
+    ErrorReport::new("42601", SYNTAX_ERROR)
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -122,6 +114,8 @@ enum Word<'a> {
     /// A key word, number, LSN or unquoted name.
     Plain(&'a str),
     Quoted(String),
+    /// What stands in single quotes, which no command of ours has.
+    Text,
 }
 
 struct Words<'a> {
@@ -140,12 +134,16 @@ impl<'a> Words<'a> {
             return Ok(None);
         }
         if let Some(quoted) = rest.strip_prefix('"') {
-            return self.quoted(quoted).map(Some);
+            return self.quoted(quoted, '"').map(Some);
+        }
+        if let Some(text) = rest.strip_prefix('\'') {
+            self.quoted(text, '\'')?;
+            return Ok(Some(Word::Text));
         }
         let is_inside = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '/' | '.' | '$');
         let len = rest.find(|c| !is_inside(c)).unwrap_or(rest.len());
         if len == 0 {
-            return Err(syntax_error(rest));
+            return Err(syntax_error());
         }
         let (word, rest) = rest.split_at(len);
         self.rest = rest;
@@ -153,16 +151,16 @@ impl<'a> Words<'a> {
     }
 
     /// After the opening quote; two quotes stand for one.
-    fn quoted(&mut self, mut rest: &'a str) -> Result<Word<'a>, ErrorReport> {
+    fn quoted(&mut self, mut rest: &'a str, quote: char) -> Result<Word<'a>, ErrorReport> {
         let mut name = String::new();
         loop {
             let (part, after) = rest
-                .split_once('"')
+                .split_once(quote)
                 .ok_or_else(|| ErrorReport::new("42601", "unterminated quoted string"))?;
             name.push_str(part);
-            match after.strip_prefix('"') {
+            match after.strip_prefix(quote) {
                 Some(more) => {
-                    name.push('"');
+                    name.push(quote);
                     rest = more;
                 }
                 None => {
@@ -174,40 +172,43 @@ impl<'a> Words<'a> {
     }
 
     fn plain(&mut self) -> Result<&'a str, ErrorReport> {
-        let near = self.rest;
         match self.next()? {
             Some(Word::Plain(word)) => Ok(word),
-            _ => Err(syntax_error(near)),
+            _ => Err(syntax_error()),
         }
     }
 
     /// Unquoted names are in lower case, as in SQL.
     fn name(&mut self) -> Result<String, ErrorReport> {
-        let near = self.rest;
         match self.next()? {
             Some(Word::Plain(word)) => Ok(word.to_ascii_lowercase()),
-            Some(Word::Quoted(name)) if !name.is_empty() => Ok(name),
-            _ => Err(syntax_error(near)),
+            Some(Word::Quoted(name)) => Ok(name),
+            _ => Err(syntax_error()),
         }
     }
 
     fn tli(&mut self) -> Result<Tli, ErrorReport> {
-        let near = self.rest;
-        match self.plain()?.parse() {
+        let digits = self.plain()?;
+        if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            return Err(syntax_error());
+        }
+        match digits.parse() {
             Ok(tli) if tli > 0 => Ok(Tli(tli)),
-            _ => Err(syntax_error(near)),
+            _ => Err(ErrorReport::new(
+                "42601",
+                format!("invalid timeline {digits}"),
+            )),
         }
     }
 
     fn lsn(&mut self) -> Result<Lsn, ErrorReport> {
-        let near = self.rest;
-        self.plain()?.parse().map_err(|_| syntax_error(near))
+        self.plain()?.parse().map_err(|_| syntax_error())
     }
 
     fn skip_keyword(&mut self, keyword: &str) -> bool {
         let before = self.rest;
         match self.next() {
-            Ok(Some(Word::Plain(word))) if word.eq_ignore_ascii_case(keyword) => true,
+            Ok(Some(Word::Plain(word))) if word == keyword => true,
             _ => {
                 self.rest = before;
                 false
@@ -231,10 +232,8 @@ mod tests {
     #[test]
     fn understands_what_receivers_send() {
         for (text, command) in [
-            ("", ReplicationCommand::Empty),
-            (" ; ", ReplicationCommand::Empty),
             ("IDENTIFY_SYSTEM", ReplicationCommand::IdentifySystem),
-            ("identify_system;", ReplicationCommand::IdentifySystem),
+            (" IDENTIFY_SYSTEM ; ", ReplicationCommand::IdentifySystem),
             (
                 "SHOW wal_segment_size",
                 ReplicationCommand::Show("wal_segment_size".into()),
@@ -280,7 +279,13 @@ mod tests {
     #[test]
     fn refuses_the_rest_with_the_codes_of_a_primary() {
         for (text, sqlstate) in [
+            ("", "0A000"),
+            (" ; ", "0A000"),
             ("SELECT 1", "0A000"),
+            ("identify_system", "0A000"),
+            ("-- IDENTIFY_SYSTEM", "0A000"),
+            ("'text'", "0A000"),
+            ("'text", "42601"),
             ("\"quoted\"", "0A000"),
             ("START_REPLICATION SLOT s LOGICAL 0/0", "0A000"),
             ("BASE_BACKUP", "0A000"),
@@ -295,7 +300,7 @@ mod tests {
             ("START_REPLICATION 0/0 TIMELINE", "42601"),
             ("START_REPLICATION zero", "42601"),
             ("START_REPLICATION 0/123456789", "42601"),
-            ("START_REPLICATION SLOT \"\" 0/0", "42601"),
+            ("START_REPLICATION timeline 1", "42601"),
             ("START_WAL_PUSH '", "42601"),
         ] {
             let refused = parse(text).expect_err(text);

@@ -64,9 +64,14 @@ pub fn run_command(
             let commit_lsn = keeper.commit_lsn();
             let system_id = keeper.cluster().system_id.to_string();
             let tli = keeper.view().newest_tli(commit_lsn).to_string();
+            // It became wider in 16; as text it is the same.
+            let tli_type = match keeper.cluster().pg_major {
+                ..16 => ColumnType::Int4,
+                _ => ColumnType::Int8,
+            };
             output.one_row(&[
                 ("systemid", ColumnType::Text, Some(system_id.as_bytes())),
-                ("timeline", ColumnType::Int4, Some(tli.as_bytes())),
+                ("timeline", tli_type, Some(tli.as_bytes())),
                 (
                     "xlogpos",
                     ColumnType::Text,
@@ -94,12 +99,12 @@ pub fn run_command(
             let file = file.ok_or_else(|| {
                 command_error(
                     "58P01",
-                    format!("could not open file \"{name}\": No such file or directory"),
+                    format!("could not open file \"pg_wal/{name}\": No such file or directory"),
                 )
             })?;
             output.one_row(&[
                 ("filename", ColumnType::Text, Some(name.as_bytes())),
-                ("content", ColumnType::Bytea, Some(&file.content)),
+                ("content", ColumnType::Text, Some(&file.content)),
             ]);
             output.command_complete("TIMELINE_HISTORY");
         }
@@ -125,7 +130,7 @@ pub fn run_command(
         ReplicationCommand::StartReplication { start_lsn, tli, .. } => {
             return start_replication(connection, keeper, start_lsn, tli);
         }
-        ReplicationCommand::Empty | ReplicationCommand::StartWalPush => {
+        ReplicationCommand::StartWalPush => {
             unreachable!("dealt with by the caller")
         }
     }

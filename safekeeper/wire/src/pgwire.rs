@@ -357,10 +357,6 @@ impl Output {
         self.message(b'C', |out| put_cstr(out, tag));
     }
 
-    pub fn empty_query(&mut self) {
-        self.message(b'I', |_| {});
-    }
-
     /// Always outside a transaction: there are none here.
     pub fn ready_for_query(&mut self) {
         self.message(b'Z', |out| out.push(b'I'));
@@ -452,7 +448,6 @@ impl Output {
 #[derive(Clone, Copy, Debug)]
 pub enum ColumnType {
     Text,
-    Bytea,
     Int4,
     Int8,
 }
@@ -462,7 +457,6 @@ impl ColumnType {
     fn oid_and_len(self) -> (u32, i16) {
         match self {
             ColumnType::Text => (25, -1),
-            ColumnType::Bytea => (17, -1),
             ColumnType::Int4 => (23, 4),
             ColumnType::Int8 => (20, 8),
         }
