@@ -1,0 +1,71 @@
+//! Hot standbys of the version under test: one that knows all safekeepers, and one that follows that.
+
+use cluster_tests::Cluster;
+use cluster_tests::ledger::Ledger;
+use cluster_tests::poll::{SOON, wait_until};
+use cluster_tests::postgres::{Postgres, Stop};
+use cluster_tests::wal_compare::{assert_files_equal, file_names};
+use safekeeper_protocol::Lsn;
+
+/// Under load, with feedback on, the safekeeper in use is killed, then either standby; and at last the
+/// primary, whose timeline ends. Both standbys have in the end what the new primary has, rows and bytes.
+#[test]
+fn a_standby_and_its_own_standby_follow_over_everything() {
+    let mut cluster = Cluster::start_with(
+        "wal_keep_size = '1GB'\nhot_standby_feedback = on\nwal_receiver_status_interval = '1s'",
+        &[],
+    );
+    let heir = cluster.start_standby("heir");
+    let mut standby = cluster.start_standby("standby");
+    let mut cascaded = start_standby_of(&cluster, &standby, "cascaded");
+
+    let mut ledger = Ledger::start(&cluster.primary, 4);
+    let source = cluster.wait_source_of("standby");
+    cluster.safekeepers[source].kill9();
+    wait_replayed(&cascaded, cluster.primary.flush_lsn());
+    assert_ne!(cluster.wait_source_of("standby"), source);
+    cluster.safekeepers[source].start();
+    standby.stop(Stop::Immediate);
+    standby.start();
+    wait_replayed(&cascaded, cluster.primary.flush_lsn());
+    cascaded.kill9();
+    cascaded.start();
+    wait_replayed(&cascaded, cluster.primary.flush_lsn());
+
+    cluster.wait_streaming(3);
+    cluster.primary.kill9();
+    assert_eq!(heir.value("select walproposer_promote(60)"), "t");
+    ledger.send_to(&heir);
+    heir.sql("select pg_switch_wal()");
+    heir.sql("create table after_the_switch (n int)");
+    let acknowledged = ledger.stop();
+    acknowledged.assert_all_in(&heir);
+    let end = heir.flush_lsn();
+    for follower in [&standby, &cascaded] {
+        wait_replayed(follower, end);
+        let rows = "select count(*), sum(number) from ledger";
+        assert_eq!(follower.sql(rows), heir.sql(rows), "{}", follower.name());
+        follower.sql("select * from after_the_switch");
+        let wal = follower.wal_dir();
+        let equal = assert_files_equal(&wal, &heir.wal_dir(), end);
+        assert!(equal >= 2, "{equal} of {:?}", file_names(&wal));
+    }
+}
+
+/// Made of a base backup of a standby, and fed by that.
+fn start_standby_of(cluster: &Cluster, standby: &Postgres, name: &str) -> Postgres {
+    let mut cascaded = Postgres::base_backup_of(standby, &cluster.dir, name);
+    cascaded.configure(&format!(
+        "primary_conninfo = 'host={} port=5432 user=postgres application_name={name}'",
+        standby.socket_dir().display()
+    ));
+    cascaded.touch("standby.signal");
+    cascaded.start();
+    cascaded
+}
+
+#[track_caller]
+fn wait_replayed(standby: &Postgres, lsn: Lsn) {
+    let what = format!("{} has replayed {lsn}", standby.name());
+    wait_until(&what, SOON, || standby.replay_lsn() >= lsn);
+}
