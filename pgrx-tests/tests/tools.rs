@@ -99,11 +99,13 @@ fn a_base_backup_with_its_wal_becomes_a_standby_of_the_safekeepers() {
     assert!(equal >= 1, "{:?}", file_names(&standby.wal_dir()));
 }
 
-/// Writes enough to be worth a segment, and ends it. Returns its name.
+/// Writes enough to be worth a segment, ends it, and begins the next: Barman leaves the newest file alone.
+/// Returns its name.
 fn finish_segment(primary: &Postgres) -> String {
     primary.sql("select pg_logical_emit_message(false, 'some', repeat('x', 3000000))");
     let segment = primary.value("select pg_walfile_name(pg_current_wal_insert_lsn())");
     primary.sql("select pg_switch_wal()");
+    primary.sql("select pg_logical_emit_message(true, 'next', '')");
     segment
 }
 
