@@ -8,7 +8,7 @@
 //! | `max_connections`   | `100`            | connections at a time on `listen`                         |
 //! | `wal_keep_size`     | `1GB`            | WAL kept below commit_lsn that nobody connected needs     |
 //! | `max_wal_keep`      | `64GB`           | WAL kept below commit_lsn whoever needs it; 0 has no bound |
-//! | `wal_sender_timeout`| `60s`            | a consumer silent for longer is dropped; 0 waits for ever |
+//! | `wal_sender_timeout`| `60s`            | a consumer that says or takes nothing for longer is dropped; 0 waits for ever |
 //! | `log_format`        | `text`           | or `json`                                                 |
 //! | `log_level`         | `info`           | `error`, `warn`, `info`, `debug`, `trace`                 |
 //!
