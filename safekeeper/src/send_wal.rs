@@ -235,7 +235,12 @@ fn start_replication(
     let timeout = connection.shared.config.wal_sender_timeout;
     connection.socket.set_write_timeout(timeout)?;
     let ended = sender.stream(connection);
-    connection.socket.set_write_timeout(Some(STALL_TIMEOUT))?;
+    // Last words wait no longer for a full socket than WAL did.
+    let patience = match &ended {
+        Ok(()) => STALL_TIMEOUT,
+        Err(_) => timeout.map_or(STALL_TIMEOUT, |timeout| timeout.min(STALL_TIMEOUT)),
+    };
+    connection.socket.set_write_timeout(Some(patience))?;
     log::info!(
         "streaming ended from={} application_name={} cluster={} tli={tli} sent_lsn={}",
         connection.peer(),

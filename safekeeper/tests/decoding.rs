@@ -108,7 +108,7 @@ proptest! {
     #[test]
     fn a_command_is_understood_as_it_was_written(
         slot in option::of("[ -~é]{1,20}"), start_lsn in any::<u64>().prop_map(Lsn),
-        tli in option::of(1u32..), physical in select(vec!["", "PHYSICAL ", "physical  "]),
+        tli in option::of(1u32..), physical in select(vec!["", "PHYSICAL ", "PHYSICAL  "]),
     ) {
         let slot_text = slot.as_ref().map(|s| format!("SLOT \"{}\" ", s.replace('"', "\"\"")));
         let tli_text = tli.map(|tli| format!(" TIMELINE {tli};"));
