@@ -9,6 +9,7 @@ pub mod dump;
 pub mod identity;
 mod prepare;
 mod recovery;
+mod reserved_file;
 pub mod segment;
 mod timeline_files;
 pub mod verify;
