@@ -24,8 +24,19 @@ pub enum ReplicationCommand {
         tli: Option<Tli>,
     },
     ReadReplicationSlot(String),
-    CreateReplicationSlot,
-    DropReplicationSlot(String),
+    CreateReplicationSlot {
+        slot: String,
+        temporary: bool,
+        /// WAL is reserved at once, not at first use.
+        reserve_wal: bool,
+    },
+    DropReplicationSlot {
+        slot: String,
+        /// If it is in use.
+        wait: bool,
+    },
+    /// 17 and later; for logical slots only.
+    AlterReplicationSlot(String),
     StartWalPush,
 }
 
@@ -50,15 +61,15 @@ fn parse_command(first: &str, words: &mut Words<'_>) -> Result<ReplicationComman
         "TIMELINE_HISTORY" => Ok(ReplicationCommand::TimelineHistory(words.tli()?)),
         "START_REPLICATION" => parse_start_replication(words),
         "READ_REPLICATION_SLOT" => Ok(ReplicationCommand::ReadReplicationSlot(words.name()?)),
-        "CREATE_REPLICATION_SLOT" => {
-            words.name()?;
-            words.rest = "";
-            Ok(ReplicationCommand::CreateReplicationSlot)
-        }
-        "DROP_REPLICATION_SLOT" => {
+        "CREATE_REPLICATION_SLOT" => parse_create_slot(words),
+        "DROP_REPLICATION_SLOT" => Ok(ReplicationCommand::DropReplicationSlot {
+            slot: words.name()?,
+            wait: words.skip_keyword("WAIT"),
+        }),
+        "ALTER_REPLICATION_SLOT" => {
             let slot = words.name()?;
-            words.skip_keyword("WAIT");
-            Ok(ReplicationCommand::DropReplicationSlot(slot))
+            words.options()?;
+            Ok(ReplicationCommand::AlterReplicationSlot(slot))
         }
         "START_WAL_PUSH" => Ok(ReplicationCommand::StartWalPush),
         "BASE_BACKUP" | "UPLOAD_MANIFEST" => Err(ErrorReport::new(
@@ -78,10 +89,7 @@ fn parse_start_replication(words: &mut Words<'_>) -> Result<ReplicationCommand, 
     };
     words.skip_keyword("PHYSICAL");
     if words.skip_keyword("LOGICAL") {
-        return Err(ErrorReport::new(
-            "0A000",
-            "a safekeeper does not decode WAL for logical replication",
-        ));
+        return Err(logical());
     }
     let start_lsn = words.lsn()?;
     let tli = if words.skip_keyword("TIMELINE") {
@@ -96,14 +104,92 @@ fn parse_start_replication(words: &mut Words<'_>) -> Result<ReplicationCommand, 
     })
 }
 
-fn not_a_command() -> ErrorReport {
+/// `name [TEMPORARY] PHYSICAL`, then key words as up to 14, or options in brackets.
+fn parse_create_slot(words: &mut Words<'_>) -> Result<ReplicationCommand, ErrorReport> {
+    let slot = words.name()?;
+    let temporary = words.skip_keyword("TEMPORARY");
+    if words.skip_keyword("LOGICAL") {
+        return Err(logical());
+    }
+    words.keyword("PHYSICAL")?;
+    let reserve_wal = match words.next_is('(') {
+        true => reserve_wal_of(&words.options()?)?,
+        false => reserve_wal_of_keywords(words)?,
+    };
+    Ok(ReplicationCommand::CreateReplicationSlot {
+        slot,
+        temporary,
+        reserve_wal,
+    })
+}
+
+/// What is for logical slots only is a mistake at a physical one (`parseCreateReplSlotOptions`).
+fn reserve_wal_of(options: &[(String, Option<String>)]) -> Result<bool, ErrorReport> {
+    let mut reserve_wal = None;
+    for (name, value) in options {
+        match name.as_str() {
+            "reserve_wal" if reserve_wal.is_none() => {
+                reserve_wal = Some(boolean(name, value.as_deref())?);
+            }
+            "reserve_wal" | "snapshot" | "two_phase" | "failover" => return Err(redundant()),
+            _ => {
+                let message = format!("unrecognized option: {name}");
+                return Err(ErrorReport::new("XX000", message));
+            }
+        }
+    }
+    Ok(reserve_wal.unwrap_or(false))
+}
+
+fn reserve_wal_of_keywords(words: &mut Words<'_>) -> Result<bool, ErrorReport> {
+    let reserve_wal = words.skip_keyword("RESERVE_WAL");
+    for keyword in [
+        "RESERVE_WAL",
+        "EXPORT_SNAPSHOT",
+        "NOEXPORT_SNAPSHOT",
+        "USE_SNAPSHOT",
+        "TWO_PHASE",
+    ] {
+        if words.skip_keyword(keyword) {
+            return Err(redundant());
+        }
+    }
+    Ok(reserve_wal)
+}
+
+/// As `defGetBoolean` takes it: no value is yes.
+fn boolean(name: &str, value: Option<&str>) -> Result<bool, ErrorReport> {
+    match value.map(str::to_ascii_lowercase).as_deref() {
+        None | Some("true" | "on" | "1") => Ok(true),
+        Some("false" | "off" | "0") => Ok(false),
+        Some(_) => Err(ErrorReport::new(
+            "42601",
+            format!("{name} requires a Boolean value"),
+        )),
+    }
+}
+
+fn redundant() -> ErrorReport {
+    ErrorReport::new("42601", "conflicting or redundant options")
+}
+
+fn logical() -> ErrorReport {
+    ErrorReport::new(
+        "0A000",
+        "a safekeeper does not decode WAL for logical replication",
+    )
+    .hint("Logical replication slots are made on the primary, and read from there.")
+}
+
+/// What a text that begins with no command is told.
+pub fn not_a_command() -> ErrorReport {
     ErrorReport::new(
         "0A000",
         "cannot execute SQL commands in WAL sender for physical replication",
     )
     .hint(
         "A safekeeper understands IDENTIFY_SYSTEM, SHOW, TIMELINE_HISTORY, START_REPLICATION, \
-         READ_REPLICATION_SLOT and START_WAL_PUSH.",
+         READ_REPLICATION_SLOT, CREATE_REPLICATION_SLOT, DROP_REPLICATION_SLOT and START_WAL_PUSH.",
     )
 }
 
@@ -115,6 +201,14 @@ fn syntax_error(near: &str) -> ErrorReport {
         format!("syntax error at or near \"{near}\"")
     };
     ErrorReport::new("42601", message)
+}
+
+/// Longest name, in bytes (`NAMEDATALEN - 1`); what is longer is cut, as by `truncate_identifier`.
+const NAME_LEN_MAX: usize = 63;
+
+fn truncated(mut name: String) -> String {
+    name.truncate(name.floor_char_boundary(NAME_LEN_MAX));
+    name
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -140,7 +234,7 @@ impl<'a> Words<'a> {
             return Ok(None);
         }
         if let Some(quoted) = rest.strip_prefix('"') {
-            return self.quoted(quoted).map(Some);
+            return self.quoted(quoted, '"').map(Some);
         }
         let is_inside = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '/' | '.' | '$');
         let len = rest.find(|c| !is_inside(c)).unwrap_or(rest.len());
@@ -153,16 +247,16 @@ impl<'a> Words<'a> {
     }
 
     /// After the opening quote; two quotes stand for one.
-    fn quoted(&mut self, mut rest: &'a str) -> Result<Word<'a>, ErrorReport> {
+    fn quoted(&mut self, mut rest: &'a str, quote: char) -> Result<Word<'a>, ErrorReport> {
         let mut name = String::new();
         loop {
             let (part, after) = rest
-                .split_once('"')
+                .split_once(quote)
                 .ok_or_else(|| ErrorReport::new("42601", "unterminated quoted string"))?;
             name.push_str(part);
-            match after.strip_prefix('"') {
+            match after.strip_prefix(quote) {
                 Some(more) => {
-                    name.push('"');
+                    name.push(quote);
                     rest = more;
                 }
                 None => {
@@ -185,9 +279,64 @@ impl<'a> Words<'a> {
     fn name(&mut self) -> Result<String, ErrorReport> {
         let near = self.rest;
         match self.next()? {
-            Some(Word::Plain(word)) => Ok(word.to_ascii_lowercase()),
-            Some(Word::Quoted(name)) if !name.is_empty() => Ok(name),
+            Some(Word::Plain(word)) => Ok(truncated(word.to_ascii_lowercase())),
+            Some(Word::Quoted(name)) => Ok(truncated(name)),
             _ => Err(syntax_error(near)),
+        }
+    }
+
+    fn keyword(&mut self, keyword: &str) -> Result<(), ErrorReport> {
+        match self.skip_keyword(keyword) {
+            true => Ok(()),
+            false => Err(syntax_error(self.rest)),
+        }
+    }
+
+    fn next_is(&self, symbol: char) -> bool {
+        self.rest.trim_start().starts_with(symbol)
+    }
+
+    fn skip_symbol(&mut self, symbol: char) -> bool {
+        let rest = self.rest.trim_start().strip_prefix(symbol);
+        self.rest = rest.unwrap_or(self.rest);
+        rest.is_some()
+    }
+
+    /// `(name [value], ...)`: names in lower case, values as they are.
+    fn options(&mut self) -> Result<Vec<(String, Option<String>)>, ErrorReport> {
+        if !self.skip_symbol('(') {
+            return Err(syntax_error(self.rest));
+        }
+        let mut options = Vec::new();
+        loop {
+            let name = self.name()?;
+            let value = match self.next_is(',') || self.next_is(')') {
+                true => None,
+                false => Some(self.value()?),
+            };
+            options.push((name, value));
+            if self.skip_symbol(')') {
+                return Ok(options);
+            }
+            if !self.skip_symbol(',') {
+                return Err(syntax_error(self.rest));
+            }
+        }
+    }
+
+    /// A word, a quoted name, or a text in single quotes.
+    fn value(&mut self) -> Result<String, ErrorReport> {
+        let near = self.rest;
+        if let Some(text) = near.trim_start().strip_prefix('\'') {
+            return match self.quoted(text, '\'')? {
+                Word::Quoted(text) => Ok(text),
+                Word::Plain(_) => Err(syntax_error(near)),
+            };
+        }
+        match self.next()? {
+            Some(Word::Plain(word)) => Ok(word.to_owned()),
+            Some(Word::Quoted(word)) => Ok(word),
+            None => Err(syntax_error(near)),
         }
     }
 
@@ -228,6 +377,25 @@ mod tests {
         }
     }
 
+    fn create(slot: &str, temporary: bool, reserve_wal: bool) -> ReplicationCommand {
+        ReplicationCommand::CreateReplicationSlot {
+            slot: slot.to_owned(),
+            temporary,
+            reserve_wal,
+        }
+    }
+
+    #[test]
+    fn names_are_cut_where_a_primary_cuts_them() {
+        let name = |text: &str| match parse(&format!("READ_REPLICATION_SLOT \"{text}\"")) {
+            Ok(ReplicationCommand::ReadReplicationSlot(name)) => name,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(name(&"a".repeat(70)), "a".repeat(63));
+        assert_eq!(name(&"é".repeat(40)), "é".repeat(31));
+        assert_eq!(name(""), "");
+    }
+
     #[test]
     fn understands_what_receivers_send() {
         for (text, command) in [
@@ -264,12 +432,42 @@ mod tests {
                 ReplicationCommand::ReadReplicationSlot("s".into()),
             ),
             (
+                "CREATE_REPLICATION_SLOT s PHYSICAL",
+                create("s", false, false),
+            ),
+            (
                 "CREATE_REPLICATION_SLOT \"s\" PHYSICAL (RESERVE_WAL)",
-                ReplicationCommand::CreateReplicationSlot,
+                create("s", false, true),
+            ),
+            (
+                "CREATE_REPLICATION_SLOT \"s\" TEMPORARY PHYSICAL ( RESERVE_WAL true );",
+                create("s", true, true),
+            ),
+            (
+                "CREATE_REPLICATION_SLOT s PHYSICAL(reserve_wal 'off')",
+                create("s", false, false),
+            ),
+            (
+                "CREATE_REPLICATION_SLOT s TEMPORARY PHYSICAL RESERVE_WAL",
+                create("s", true, true),
+            ),
+            (
+                "DROP_REPLICATION_SLOT s",
+                ReplicationCommand::DropReplicationSlot {
+                    slot: "s".into(),
+                    wait: false,
+                },
             ),
             (
                 "DROP_REPLICATION_SLOT s WAIT",
-                ReplicationCommand::DropReplicationSlot("s".into()),
+                ReplicationCommand::DropReplicationSlot {
+                    slot: "s".into(),
+                    wait: true,
+                },
+            ),
+            (
+                "ALTER_REPLICATION_SLOT s (FAILOVER true, two_phase)",
+                ReplicationCommand::AlterReplicationSlot("s".into()),
             ),
             ("START_WAL_PUSH", ReplicationCommand::StartWalPush),
         ] {
@@ -295,7 +493,32 @@ mod tests {
             ("START_REPLICATION 0/0 TIMELINE", "42601"),
             ("START_REPLICATION zero", "42601"),
             ("START_REPLICATION 0/123456789", "42601"),
-            ("START_REPLICATION SLOT \"\" 0/0", "42601"),
+            ("CREATE_REPLICATION_SLOT s LOGICAL pgoutput", "0A000"),
+            ("CREATE_REPLICATION_SLOT s TEMPORARY LOGICAL p (x)", "0A000"),
+            ("CREATE_REPLICATION_SLOT", "42601"),
+            ("CREATE_REPLICATION_SLOT s", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL ()", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL", "42601"),
+            (
+                "CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL 'a",
+                "42601",
+            ),
+            (
+                "CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL 2)",
+                "42601",
+            ),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL,)", "42601"),
+            (
+                "CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL, RESERVE_WAL)",
+                "42601",
+            ),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (TWO_PHASE)", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL TWO_PHASE", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (sparkle)", "XX000"),
+            ("DROP_REPLICATION_SLOT", "42601"),
+            ("DROP_REPLICATION_SLOT s NOW", "42601"),
+            ("ALTER_REPLICATION_SLOT s", "42601"),
             ("START_WAL_PUSH '", "42601"),
         ] {
             let refused = parse(text).expect_err(text);

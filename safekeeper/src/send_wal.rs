@@ -27,7 +27,8 @@
 //! A timeline is shown only once commit_lsn is beyond its begin: a standby that followed an
 //! earlier sign of it might follow a promotion that dies.
 //!
-//! Replication slots are not kept yet; a SLOT clause is answered as for one that does not exist.
+//! A consumer with a slot moves it by its reports (slots.rs). When the slot is lost, because its WAL
+//! was more than may be kept, the stream ends as a primary ends it: by a signal, it seems.
 
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
@@ -36,7 +37,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use safekeeper_client::wal_client::TimelineEnd;
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::PAGE_SIZE;
-use safekeeper_wire::pgwire::{ColumnType, ConnectionError, ErrorReport, Filled, Wait, closed};
+use safekeeper_wire::pgwire::{
+    ColumnType, ConnectionError, ErrorReport, Filled, Output, Wait, closed,
+};
 use safekeeper_wire::standby_message::{
     STANDBY_MESSAGE_LEN_MAX, StandbyMessage, decode_standby_message, invalid_tag, postgres_time,
 };
@@ -44,7 +47,8 @@ use safekeeper_wire::standby_message::{
 use crate::connection::Connection;
 use crate::consumers::{Attached, ConsumerState};
 use crate::keeper::{Keeper, Reader};
-use crate::replication_command::ReplicationCommand;
+use crate::replication_command::{ReplicationCommand, not_a_command};
+use crate::slots::{Acquired, Holder, SlotLimit};
 
 /// Most WAL in one message, in bytes (`MAX_SEND_SIZE`): sixteen pages.
 const SEND_LEN_MAX: u64 = 16 * PAGE_SIZE as u64;
@@ -100,27 +104,35 @@ pub fn run_command(
             ]);
             output.command_complete("TIMELINE_HISTORY");
         }
-        ReplicationCommand::ReadReplicationSlot(_) => {
-            // What a primary answers for a slot that does not exist.
-            output.one_row(&[
-                ("slot_type", ColumnType::Text, None),
-                ("restart_lsn", ColumnType::Text, None),
-                ("restart_tli", ColumnType::Int8, None),
-            ]);
-            output.command_complete("READ_REPLICATION_SLOT");
+        ReplicationCommand::ReadReplicationSlot(slot) => read_slot(output, keeper, &slot)?,
+        ReplicationCommand::CreateReplicationSlot {
+            slot,
+            temporary,
+            reserve_wal,
+        } => create_slot(connection, keeper, &slot, temporary, reserve_wal)?,
+        ReplicationCommand::DropReplicationSlot { slot, wait } => {
+            let id = connection.id();
+            let is_there = || connection.is_peer_there();
+            let dropped = keeper.slots.drop_slot(&slot, id, wait, is_there);
+            dropped.map_err(ConnectionError::Command)?;
+            keeper.consumers.gather_feedback();
+            log::info!(
+                "replication slot dropped slot={slot} cluster={}",
+                keeper.cluster().name
+            );
+            connection.output.command_complete("DROP_REPLICATION_SLOT");
         }
-        ReplicationCommand::CreateReplicationSlot => {
-            return Err(command_error(
-                "0A000",
-                "replication slots are not supported by this version of safekeeper",
-            ));
-        }
-        ReplicationCommand::DropReplicationSlot(slot) => return Err(no_such_slot(&slot)),
+        ReplicationCommand::AlterReplicationSlot(slot) => return Err(alter_slot(keeper, &slot)),
         ReplicationCommand::StartReplication {
-            slot: Some(slot), ..
-        } => return Err(no_such_slot(&slot)),
-        ReplicationCommand::StartReplication { start_lsn, tli, .. } => {
-            return start_replication(connection, keeper, start_lsn, tli);
+            slot,
+            start_lsn,
+            tli,
+        } => {
+            let holder = holder(connection);
+            let acquire = |slot: &String| keeper.slots.acquire(slot, &holder);
+            let slot = slot.as_ref().map(acquire).transpose();
+            let slot = slot.map_err(ConnectionError::Command)?;
+            return start_replication(connection, keeper, slot, start_lsn, tli);
         }
         ReplicationCommand::Empty | ReplicationCommand::StartWalPush => {
             unreachable!("dealt with by the caller")
@@ -133,11 +145,95 @@ fn command_error(sqlstate: &'static str, message: impl Into<String>) -> Connecti
     ConnectionError::Command(ErrorReport::new(sqlstate, message))
 }
 
-fn no_such_slot(slot: &str) -> ConnectionError {
-    command_error(
-        "42704",
-        format!("replication slot \"{slot}\" does not exist"),
-    )
+/// NULLs for a slot that does not exist, and where nothing is reserved.
+fn read_slot(output: &mut Output, keeper: &Keeper, slot: &str) -> Result<(), ConnectionError> {
+    let found = keeper.slots.read(slot).map_err(ConnectionError::Command)?;
+    let restart_lsn = found.and_then(|slot| slot.restart_lsn);
+    let tli = restart_lsn.map(|lsn| {
+        let tli = keeper.view().tli_of(lsn, keeper.commit_lsn());
+        tli.to_string()
+    });
+    let restart_lsn = restart_lsn.map(|lsn| lsn.to_string());
+    let bytes = |text: &'static str| found.map(|_| text.as_bytes());
+    output.one_row(&[
+        ("slot_type", ColumnType::Text, bytes("physical")),
+        (
+            "restart_lsn",
+            ColumnType::Text,
+            restart_lsn.as_deref().map(str::as_bytes),
+        ),
+        (
+            "restart_tli",
+            ColumnType::Int8,
+            tli.as_deref().map(str::as_bytes),
+        ),
+    ]);
+    output.command_complete("READ_REPLICATION_SLOT");
+    Ok(())
+}
+
+fn create_slot(
+    connection: &mut Connection,
+    keeper: &Keeper,
+    slot: &str,
+    temporary: bool,
+    reserve_wal: bool,
+) -> Result<(), ConnectionError> {
+    let limit = SlotLimit {
+        max: connection.shared.config.max_replication_slots,
+        pg_major: keeper.cluster().pg_major,
+    };
+    let restart_lsn = reserve_wal.then(|| keeper.reservable_lsn());
+    keeper
+        .slots
+        .create(slot, &holder(connection), temporary, restart_lsn, limit)
+        .map_err(ConnectionError::Command)?;
+    log::info!(
+        "replication slot made slot={slot} temporary={temporary} cluster={} restart_lsn={} from={}",
+        keeper.cluster().name,
+        restart_lsn.unwrap_or(Lsn::INVALID),
+        connection.peer()
+    );
+    // A physical slot has no point that is consistent, and the same 0/0 on a primary.
+    connection.output.one_row(&[
+        ("slot_name", ColumnType::Text, Some(slot.as_bytes())),
+        ("consistent_point", ColumnType::Text, Some(b"0/0")),
+        ("snapshot_name", ColumnType::Text, None),
+        ("output_plugin", ColumnType::Text, None),
+    ]);
+    connection
+        .output
+        .command_complete("CREATE_REPLICATION_SLOT");
+    Ok(())
+}
+
+/// There are no logical slots here, and before 17 there was no such command.
+fn alter_slot(keeper: &Keeper, slot: &str) -> ConnectionError {
+    if keeper.cluster().pg_major < 17 {
+        return ConnectionError::Command(not_a_command());
+    }
+    match keeper.slots.read(slot) {
+        Err(report) => ConnectionError::Command(report),
+        Ok(None) => command_error(
+            "42704",
+            format!("replication slot \"{slot}\" does not exist"),
+        ),
+        Ok(Some(_)) => command_error(
+            "0A000",
+            "cannot use ALTER_REPLICATION_SLOT with a physical replication slot",
+        ),
+    }
+}
+
+fn holder(connection: &Connection) -> Holder {
+    Holder {
+        connection_id: connection.id(),
+        description: format!(
+            "{} at {}",
+            connection.startup.application_name,
+            connection.peer()
+        ),
+    }
 }
 
 /// The settings that consumers ask for, as a primary would show them.
@@ -152,6 +248,8 @@ fn setting(keeper: &Keeper, name: &str) -> Option<String> {
                 format!("{mib}MB")
             }
         }
+        "wal_level" => "replica".into(),
+        "TimeZone" | "timezone" => "UTC".into(),
         "data_directory_mode" => "0700".into(),
         "server_version" => format!("{}.0", cluster.pg_major),
         "server_version_num" => format!("{}0000", cluster.pg_major),
@@ -166,6 +264,7 @@ fn setting(keeper: &Keeper, name: &str) -> Option<String> {
 fn start_replication(
     connection: &mut Connection,
     keeper: &Keeper,
+    slot: Option<Acquired<'_>>,
     start_lsn: Lsn,
     tli: Option<Tli>,
 ) -> Result<(), ConnectionError> {
@@ -211,6 +310,7 @@ fn start_replication(
     let mut sender = Sender {
         keeper,
         attached,
+        slot,
         reader: keeper.reader(),
         tli,
         end,
@@ -259,6 +359,7 @@ fn finish(connection: &mut Connection, end: Option<TimelineEnd>) {
 struct Sender<'a> {
     keeper: &'a Keeper,
     attached: Attached<'a>,
+    slot: Option<Acquired<'a>>,
     reader: Reader,
     tli: Tli,
     /// Where the timeline being streamed ends; none while it is the newest.
@@ -278,6 +379,7 @@ impl Sender<'_> {
     fn stream(&mut self, connection: &mut Connection) -> Result<(), ConnectionError> {
         while self.sending || self.receiving {
             self.take_replies(connection)?;
+            self.look_after_slot()?;
             let caught_up = self.send_some(connection)?;
             self.look_after_time(connection)?;
             connection.send()?;
@@ -286,6 +388,17 @@ impl Sender<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whoever lost its slot has lost its WAL, soon if not yet.
+    fn look_after_slot(&self) -> Result<(), ConnectionError> {
+        match &self.slot {
+            Some(slot) if slot.is_lost() => Err(ConnectionError::Fatal(ErrorReport::new(
+                "57P01",
+                "terminating connection due to administrator command",
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// The next message of WAL, if there is any to send. True if there is no more for now.
@@ -391,6 +504,10 @@ impl Sender<'_> {
             } => {
                 // A position beyond what was sent is no report of ours to rely on.
                 let known = |lsn: Lsn| lsn.min(self.sent_lsn);
+                // First: what the slot does not keep yet, the connection still does.
+                if let Some(slot) = &self.slot {
+                    slot.flushed(known(flush_lsn));
+                }
                 self.attached.report(|p| {
                     p.write_lsn = known(write_lsn);
                     p.flush_lsn = known(flush_lsn);
@@ -399,6 +516,9 @@ impl Sender<'_> {
                 Ok(reply_requested)
             }
             StandbyMessage::Feedback { xmin, catalog_xmin } => {
+                if let Some(slot) = &self.slot {
+                    slot.needs_transactions(xmin, catalog_xmin);
+                }
                 self.attached.report(|p| {
                     p.xmin = xmin;
                     p.catalog_xmin = catalog_xmin;
