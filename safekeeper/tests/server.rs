@@ -4,6 +4,8 @@
 mod client;
 #[path = "server/fetch_wal.rs"]
 mod fetch_wal;
+#[path = "server/slots.rs"]
+mod slots;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
