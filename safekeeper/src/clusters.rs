@@ -241,7 +241,7 @@ impl Clusters {
             let mut by_size: Vec<_> = keepers.iter().map(|k| (k.kept().size(), k)).collect();
             by_size.sort_by_key(|(size, _)| std::cmp::Reverse(*size));
             let mut largest_first = by_size.iter();
-            if !largest_first.any(|(_, keeper)| keeper.remove_wal(retention, Space::OldestGoes)) {
+            if !largest_first.any(|(_, keeper)| keeper.remove_oldest(retention)) {
                 return;
             }
         }

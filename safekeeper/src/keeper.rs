@@ -263,6 +263,24 @@ impl Keeper {
         Lsn(self.oldest_lsn.load(Ordering::Relaxed))
     }
 
+    /// `host:port` of the other members, as the proposer knows them.
+    pub fn peers(&self) -> Vec<String> {
+        let view = self.view();
+        let configuration = &view.state.configuration;
+        let new = configuration.new_members.iter().flatten();
+        let mut peers: Vec<String> = Vec::new();
+        for member in configuration.members.iter().chain(new) {
+            let address = match member.host.contains(':') {
+                true => format!("[{}]:{}", member.host, member.port),
+                false => format!("{}:{}", member.host, member.port),
+            };
+            if member.id != self.identity.id && !peers.contains(&address) {
+                peers.push(address);
+            }
+        }
+        peers
+    }
+
     /// From where a new slot can keep WAL: the end that consumers know, which no removal is beyond. Where
     /// nothing is known to be committed, from the log's begin.
     pub fn reservable_lsn(&self) -> Lsn {
@@ -312,16 +330,19 @@ impl Keeper {
         }
     }
 
-    /// All that is to be removed; with [`Space::OldestGoes`] one segment. True if there was any.
-    pub fn remove_wal(&self, retention: &Retention, space: Space) -> bool {
+    fn remove_wal(&self, retention: &Retention, space: Space) -> bool {
         let mut removed = false;
         while self.remove_some(retention, space) {
             removed = true;
-            if space == Space::OldestGoes {
-                break;
-            }
         }
         removed
+    }
+
+    /// The oldest segment, whoever needs it; more only if a record reaches from it over the next ones. False
+    /// if there is none that may go.
+    pub fn remove_oldest(&self, retention: &Retention) -> bool {
+        (1..=self.kept().segments())
+            .any(|segments| self.remove_some(retention, Space::OldestGo(segments)))
     }
 
     /// What there is, and who needs it.

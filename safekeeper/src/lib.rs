@@ -39,6 +39,7 @@ pub mod connection;
 mod descriptors;
 pub mod http;
 pub mod receive_wal;
+mod relay;
 pub mod send_wal;
 pub mod server;
 

@@ -54,6 +54,7 @@ pub struct Metrics {
     persist_control_file_seconds: Seconds,
     write_wal_bytes: Count,
     sent_wal_bytes: Count,
+    relayed_wal_bytes: Count,
     damaged_appends: Count,
     no_space_appends: Count,
     write_lsn: Position,
@@ -80,6 +81,7 @@ pub struct ClusterMetrics {
     pub persist_control_file_seconds: Histogram,
     pub write_wal_bytes: Counter,
     pub sent_wal_bytes: Counter,
+    pub relayed_wal_bytes: Counter,
     pub damaged_appends: Counter,
     pub no_space_appends: Counter,
     pub removed_needed_wal_bytes: Counter,
@@ -99,6 +101,7 @@ impl Default for Metrics {
             persist_control_file_seconds: Family::new_with_constructor(FlushBuckets),
             write_wal_bytes: Count::default(),
             sent_wal_bytes: Count::default(),
+            relayed_wal_bytes: Count::default(),
             damaged_appends: Count::default(),
             no_space_appends: Count::default(),
             write_lsn: Position::default(),
@@ -130,6 +133,7 @@ impl Metrics {
         r.register_with_unit("persist_control_file", "Time to replace the control file", Unit::Seconds, self.persist_control_file_seconds.clone());
         r.register_with_unit("write_wal", "WAL taken from proposers", Unit::Bytes, self.write_wal_bytes.clone());
         r.register_with_unit("sent_wal", "WAL sent to consumers", Unit::Bytes, self.sent_wal_bytes.clone());
+        r.register_with_unit("relayed_wal", "WAL brought from a peer for consumers, and among what was sent", Unit::Bytes, self.relayed_wal_bytes.clone());
         r.register("damaged_appends", "Appends refused because their WAL is damaged", self.damaged_appends.clone());
         r.register("no_space_appends", "Appends refused for want of disk space", self.no_space_appends.clone());
         r.register("write_lsn", "End of the WAL given to the operating system", self.write_lsn.clone());
@@ -159,6 +163,7 @@ impl Metrics {
                 .persist_control_file_seconds
                 .get_or_create_owned(&label),
             write_wal_bytes: self.write_wal_bytes.get_or_create_owned(&label),
+            relayed_wal_bytes: self.relayed_wal_bytes.get_or_create_owned(&label),
             sent_wal_bytes: self.sent_wal_bytes.get_or_create_owned(&label),
             damaged_appends: self.damaged_appends.get_or_create_owned(&label),
             no_space_appends: self.no_space_appends.get_or_create_owned(&label),

@@ -48,8 +48,8 @@ pub enum Space {
     Enough,
     /// What nobody asks for goes.
     Short,
-    /// The oldest segment goes, whoever needs it.
-    OldestGoes,
+    /// So many of the oldest segments go, whoever needs them.
+    OldestGo(u64),
 }
 
 /// What one cluster keeps, and for whom. All of it lies at or below `commit_lsn`.
@@ -76,7 +76,7 @@ impl Kept {
         let behind = |size: u64| Lsn(self.commit_lsn.0.saturating_sub(size));
         let wanted = match space {
             Space::Enough => behind(retention.wal_keep_size),
-            Space::Short | Space::OldestGoes => self.commit_lsn,
+            Space::Short | Space::OldestGo(_) => self.commit_lsn,
         };
         let unneeded = self.unneeded().min(wanted);
         let over = retention.max_wal_keep.map_or(Lsn::INVALID, behind);
@@ -90,17 +90,27 @@ impl Kept {
                 bound: Some(Bound::MaxWalKeep),
             };
         }
-        if space == Space::OldestGoes {
-            let next = self.start(self.oldest_lsn);
-            let next = Lsn(next.0.saturating_add(u64::from(self.segment_size)));
-            if next > self.start(removal.below) && next <= self.start(self.commit_lsn) {
+        if let Space::OldestGo(segments) = space {
+            // To the end of the next one: how far the rest of a record reaches into it is not known
+            // here, and a log does not begin with nothing but that.
+            let size = u64::from(self.segment_size);
+            let len = segments.saturating_add(1).saturating_mul(size) - 1;
+            let oldest = self.start(self.oldest_lsn).0;
+            let below = Lsn(oldest.saturating_add(len)).min(self.commit_lsn);
+            if self.start(below) > self.start(removal.below).max(self.oldest_lsn) {
                 removal = Removal {
-                    below: next,
+                    below,
                     bound: Some(Bound::MinFreeSpace),
                 };
             }
         }
         removal
+    }
+
+    /// So many segments lie below the one of commit_lsn.
+    pub fn segments(&self) -> u64 {
+        let newest = self.start(self.commit_lsn);
+        newest.saturating_distance_from(self.oldest_lsn) / u64::from(self.segment_size)
     }
 
     /// In bytes.
@@ -199,22 +209,36 @@ mod tests {
             (Some(13 * SEGMENT), Space::Short, Lsn(13 * SEGMENT), None),
             (
                 Some(13 * SEGMENT),
-                Space::OldestGoes,
+                Space::OldestGo(1),
                 Lsn(13 * SEGMENT),
                 None,
             ),
             (
                 Some(10 * SEGMENT + 5),
-                Space::OldestGoes,
-                Lsn(11 * SEGMENT),
+                Space::OldestGo(1),
+                Lsn(12 * SEGMENT - 1),
+                Some(Bound::MinFreeSpace),
+            ),
+            (
+                Some(10 * SEGMENT + 5),
+                Space::OldestGo(3),
+                Lsn(14 * SEGMENT - 1),
+                Some(Bound::MinFreeSpace),
+            ),
+            (
+                Some(10 * SEGMENT + 5),
+                Space::OldestGo(u64::MAX),
+                commit,
                 Some(Bound::MinFreeSpace),
             ),
         ] {
             assert_eq!(removal(needed_from, space), Removal { below, bound });
         }
+        assert_eq!(kept(None).segments(), 10);
         let mut least = kept(Some(0));
         least.oldest_lsn = Lsn(20 * SEGMENT);
-        let removal = least.removal(&retention, Space::OldestGoes);
+        assert_eq!(least.segments(), 0);
+        let removal = least.removal(&retention, Space::OldestGo(1));
         assert_eq!(removal.bound, None, "commit_lsn's own segment stays");
     }
 }

@@ -27,9 +27,12 @@
 //! A timeline is shown only once commit_lsn is beyond its begin: a standby that followed an
 //! earlier sign of it might follow a promotion that dies.
 //!
+//! WAL that has been removed here is relayed from a peer that still has it (relay.rs).
+//!
 //! A consumer with a slot moves it by its reports (slots.rs). When the slot is lost, because its WAL
 //! was more than may be kept, the stream ends as a primary ends it: by a signal, it seems.
 
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -47,6 +50,7 @@ use safekeeper_wire::standby_message::{
 use crate::connection::Connection;
 use crate::consumers::{Attached, ConsumerState};
 use crate::keeper::{Keeper, Reader};
+use crate::relay::{self, Relay};
 use crate::replication_command::{ReplicationCommand, not_a_command};
 use crate::slots::{Acquired, Holder, SlotLimit};
 
@@ -312,6 +316,8 @@ fn start_replication(
         attached,
         slot,
         reader: keeper.reader(),
+        relay: None,
+        tried_peers: Vec::new(),
         tli,
         end,
         sent_lsn: start_lsn,
@@ -361,6 +367,10 @@ struct Sender<'a> {
     attached: Attached<'a>,
     slot: Option<Acquired<'a>>,
     reader: Reader,
+    /// Where WAL comes from that is not here any more.
+    relay: Option<Relay>,
+    /// Those who were asked for such WAL.
+    tried_peers: Vec<String>,
     tli: Tli,
     /// Where the timeline being streamed ends; none while it is the newest.
     end: Option<TimelineEnd>,
@@ -379,8 +389,10 @@ impl Sender<'_> {
     fn stream(&mut self, connection: &mut Connection) -> Result<(), ConnectionError> {
         while self.sending || self.receiving {
             self.take_replies(connection)?;
+            let sent = self.send_some(connection);
+            // When its WAL has just been removed, this comes first.
             self.look_after_slot()?;
-            let caught_up = self.send_some(connection)?;
+            let caught_up = sent?;
             self.look_after_time(connection)?;
             connection.send()?;
             if caught_up && (self.sending || self.receiving) {
@@ -426,9 +438,49 @@ impl Sender<'_> {
             self.attached.update(|p| p.state = ConsumerState::Streaming);
             return Ok(true);
         }
+        let oldest_lsn = self.keeper.oldest_lsn();
+        if self.sent_lsn < oldest_lsn && self.relay_some(connection, oldest_lsn, limit)? {
+            return Ok(false);
+        }
         let end_lsn = send_end(self.sent_lsn, limit);
         self.send_wal(connection, end_lsn, limit)?;
         Ok(end_lsn == commit_lsn)
+    }
+
+    /// The same with WAL that only a peer has, up to where the own begins. False if none has it.
+    fn relay_some(
+        &mut self,
+        connection: &mut Connection,
+        oldest_lsn: Lsn,
+        limit: Lsn,
+    ) -> Result<bool, ConnectionError> {
+        let range = self.sent_lsn..limit.min(oldest_lsn);
+        let relay = self.relay.take().or_else(|| {
+            let relays = relay::is_relayed(&connection.startup.application_name);
+            relays.then(|| Relay::open(self.keeper, self.tli, &range, &mut self.tried_peers))?
+        });
+        let Some(mut relay) = relay else {
+            return Ok(false);
+        };
+        match relayed_end(&relay.range(), range.end) {
+            Some(end_lsn) => {
+                let wal = relay.take(end_lsn);
+                self.keeper
+                    .metrics
+                    .relayed_wal_bytes
+                    .inc_by(wal.len() as u64);
+                connection.output.copy_data(|out| {
+                    put_wal_header(range.start, limit, out);
+                    out.extend_from_slice(&wal);
+                });
+                self.note_sent(end_lsn, limit);
+            }
+            // The next one is asked for the rest.
+            None if !relay.wait_for_more() => return Ok(true),
+            None => {}
+        }
+        self.relay = Some(relay);
+        Ok(true)
     }
 
     fn send_wal(
@@ -437,19 +489,20 @@ impl Sender<'_> {
         end_lsn: Lsn,
         limit: Lsn,
     ) -> Result<(), ConnectionError> {
+        (self.relay, self.tried_peers) = (None, Vec::new());
         let range = self.sent_lsn..end_lsn;
         let (keeper, reader) = (self.keeper, &mut self.reader);
         connection.output.try_message(b'd', |out| {
-            out.push(b'w');
-            out.extend_from_slice(&range.start.0.to_be_bytes());
-            out.extend_from_slice(&limit.0.to_be_bytes());
-            out.extend_from_slice(&postgres_time().to_be_bytes());
-            keeper.read_committed(reader, range.clone(), out)
+            put_wal_header(range.start, limit, out);
+            keeper.read_committed(reader, range, out)
         })?;
-        self.keeper
-            .metrics
-            .sent_wal_bytes
-            .inc_by(end_lsn - range.start);
+        self.note_sent(end_lsn, limit);
+        Ok(())
+    }
+
+    fn note_sent(&mut self, end_lsn: Lsn, limit: Lsn) {
+        let len = end_lsn - self.sent_lsn;
+        self.keeper.metrics.sent_wal_bytes.inc_by(len);
         self.sent_lsn = end_lsn;
         self.attached.update(|p| {
             p.sent_lsn = end_lsn;
@@ -457,7 +510,6 @@ impl Sender<'_> {
                 p.state = ConsumerState::Streaming;
             }
         });
-        Ok(())
     }
 
     /// Everything the consumer has said, without waiting.
@@ -589,6 +641,23 @@ impl Sender<'_> {
     }
 }
 
+fn put_wal_header(begin: Lsn, known_end: Lsn, out: &mut Vec<u8>) {
+    out.push(b'w');
+    out.extend_from_slice(&begin.0.to_be_bytes());
+    out.extend_from_slice(&known_end.0.to_be_bytes());
+    out.extend_from_slice(&postgres_time().to_be_bytes());
+}
+
+/// How far WAL of a peer can be sent of which `here` has come, if all up to `end` is wanted: as own WAL is,
+/// and to a page boundary while there is more to come. None: not at all yet.
+fn relayed_end(here: &Range<Lsn>, end: Lsn) -> Option<Lsn> {
+    let limit = match here.end < end {
+        true => here.end.segment_start(PAGE_SIZE),
+        false => end,
+    };
+    (limit > here.start).then(|| send_end(here.start, limit))
+}
+
 /// Where a message that begins at `begin` ends, if WAL up to `limit` may be sent: there, or at the
 /// last page boundary that is not too far.
 fn send_end(begin: Lsn, limit: Lsn) -> Lsn {
@@ -601,6 +670,24 @@ fn send_end(begin: Lsn, limit: Lsn) -> Lsn {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_peer_sends_is_passed_on_by_pages() {
+        for (begin, here, end, sent) in [
+            (0, 100, 1000, None),
+            (0, 8191, 100_000, None),
+            (0, 8192, 100_000, Some(8192)),
+            (8000, 8192 + 50, 100_000, Some(8192)),
+            (8192, 8192 + 50, 100_000, None),
+            (0, 100_000, 8192, Some(8192)),
+            (0, 1000, 1000, Some(1000)),
+            (1000, 1000, 1000, None),
+            (0, 10 * SEND_LEN_MAX, 10 * SEND_LEN_MAX, Some(SEND_LEN_MAX)),
+        ] {
+            let found = relayed_end(&(Lsn(begin)..Lsn(here)), Lsn(end));
+            assert_eq!(found, sent.map(Lsn), "{begin}..{here} of {end}");
+        }
+    }
 
     #[test]
     fn messages_end_at_pages_unless_at_the_end() {
