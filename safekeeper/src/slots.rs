@@ -11,9 +11,9 @@
 //! first one it is where WAL was reserved, if it was. `xmin` is the standby's, and goes to the primary
 //! with every answer (consumers.rs), also while the standby is away.
 //!
-//! **On disk** (slot_file.rs) slots are written when they are made, dropped, lost, or reserve WAL for
-//! the first time; positions only now and then. So what is on disk is never newer, and WAL is kept from
-//! the older of the two on: after a crash nothing is missing. It is written by consumers' threads and
+//! **On disk** (slot_file.rs) slots are written when they are made, dropped or lost, and when they keep
+//! something for the first time; how far they have come, only now and then. So what is on disk is never
+//! newer, and WAL is kept from the older of the two on: after a crash nothing is missing. It is written by consumers' threads and
 //! by housekeeping, never by one that acts for the keeper: no commit waits for it.
 //!
 //! Two locks, `file` before `state`; no IO under `state`, which is all that others ever wait for.
@@ -68,8 +68,8 @@ struct State {
 #[derive(Clone, Debug)]
 struct Slot {
     data: SlotData,
-    /// As the file has it.
-    saved_restart_lsn: Lsn,
+    /// As the file has it; the default if it is not there.
+    saved: SlotData,
     /// The connection whose end drops it.
     temporary_of: Option<u64>,
     holder: Option<Holder>,
@@ -104,7 +104,7 @@ impl Slot {
     fn new(data: SlotData) -> Slot {
         Slot {
             data,
-            saved_restart_lsn: Lsn::INVALID,
+            saved: SlotData::default(),
             temporary_of: None,
             holder: None,
             is_going: false,
@@ -112,7 +112,7 @@ impl Slot {
     }
 
     fn needed_from(&self) -> Option<Lsn> {
-        let saved = Some(self.saved_restart_lsn).filter(|lsn| lsn.is_valid() && !self.data.lost);
+        let saved = Some(self.saved.restart_lsn).filter(|lsn| lsn.is_valid() && !self.data.lost);
         let known = Some(self.data.restart_lsn).filter(|lsn| lsn.is_valid());
         saved.into_iter().chain(known).min()
     }
@@ -138,9 +138,8 @@ impl Slots {
             .is_none()
             .then(|| ReservedFile::new(disk, cluster_dir(system_id), SLOTS, FILE_LEN));
         let slots = slots.into_iter().map(|data| {
-            let saved_restart_lsn = data.restart_lsn;
             let slot = Slot {
-                saved_restart_lsn,
+                saved: data.clone(),
                 ..Slot::new(data)
             };
             (slot.data.name.clone(), slot)
@@ -407,7 +406,7 @@ impl Slots {
                 state.is_on_disk = true;
                 for data in slots {
                     if let Some(slot) = state.slots.get_mut(&data.name) {
-                        slot.saved_restart_lsn = data.restart_lsn;
+                        slot.saved = data;
                     }
                 }
                 Ok(())
@@ -493,10 +492,7 @@ impl Acquired<'_> {
                 return (false, false);
             }
             slot.data.restart_lsn = flush_lsn;
-            // The first reservation, or a consumer that was set back: the disk must not be ahead.
-            let save_now = slot.temporary_of.is_none() && flush_lsn < slot.saved_restart_lsn
-                || !before.is_valid();
-            (true, save_now)
+            (true, is_weaker(slot.saved.restart_lsn.0, flush_lsn.0))
         });
         if save_now {
             self.slots.save_or_warn();
@@ -505,13 +501,19 @@ impl Acquired<'_> {
 
     /// The standby's oldest transactions; 0 if none (`PhysicalReplicationSlotNewXmin`).
     pub fn needs_transactions(&self, xmin: u64, catalog_xmin: u64) {
-        self.change(|slot| {
-            let before = (slot.data.xmin, slot.data.catalog_xmin);
+        let save_now = self.change(|slot| {
+            let (data, saved) = (&mut slot.data, &slot.saved);
+            let before = (data.xmin, data.catalog_xmin);
             let moved = |old: u64, new: u64| if new == 0 { 0 } else { old.max(new) };
-            slot.data.xmin = moved(before.0, xmin);
-            slot.data.catalog_xmin = moved(before.1, catalog_xmin);
-            (before != (slot.data.xmin, slot.data.catalog_xmin), false)
+            data.xmin = moved(before.0, xmin);
+            data.catalog_xmin = moved(before.1, catalog_xmin);
+            let save_now = is_weaker(saved.xmin, data.xmin)
+                || is_weaker(saved.catalog_xmin, data.catalog_xmin);
+            (before != (data.xmin, data.catalog_xmin), save_now)
         });
+        if save_now {
+            self.slots.save_or_warn();
+        }
     }
 
     pub fn is_lost(&self) -> bool {
@@ -546,6 +548,12 @@ impl Drop for Acquired<'_> {
         }
         self.slots.released.notify_all();
     }
+}
+
+/// What is on disk would keep less than what is known now: nothing, or only what is newer. That is so when
+/// something is kept for the first time, or for a consumer that was set back.
+fn is_weaker(saved: u64, known: u64) -> bool {
+    known != 0 && (saved == 0 || known < saved)
 }
 
 /// As `ReplicationSlotValidateName` says it.

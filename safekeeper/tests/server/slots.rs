@@ -369,6 +369,7 @@ fn slots_survive_kill_9_and_say_nothing_newer_than_was_true() {
     let first = LOG_START + 8192;
     client.stream_until(LOG_START, wal.position());
     report(&mut client, first);
+    client.hot_standby_feedback(700, 0);
     report(&mut client, wal.position());
     process.kill9();
 
@@ -386,6 +387,7 @@ fn slots_survive_kill_9_and_say_nothing_newer_than_was_true() {
     );
     let moved = moved.expect("reserved by the first report").0;
     assert!(first <= moved && moved <= wal.position(), "{moved}");
+    assert_eq!(slots[0].xmin, Some(700), "it was the first");
 }
 
 #[test]
