@@ -10,6 +10,8 @@ mod fault_disk;
 mod log;
 #[path = "durability/power.rs"]
 mod power;
+#[path = "durability/slots.rs"]
+mod slots;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
