@@ -62,6 +62,7 @@ mod read_only;
 mod settings;
 mod shmem;
 mod slot;
+mod standby_xmin;
 mod start;
 mod status;
 mod stop;

@@ -52,6 +52,7 @@ use crate::postgres;
 use crate::settings::Settings;
 use crate::shmem::{self, Status};
 use crate::slot::Slot;
+use crate::standby_xmin::MemberXmins;
 use crate::threads::Waker;
 use crate::wait_set::Socket;
 use crate::wal_buffers::WalBuffers;
@@ -123,6 +124,7 @@ struct Member {
     /// The last `commit_lsn` that was sent.
     told_lsn: Lsn,
     told_ms: u64,
+    standby_xmins: MemberXmins,
 }
 
 impl Pusher {
@@ -350,6 +352,7 @@ fn members(settings: &Settings) -> Vec<Member> {
         lag: Lag::default(),
         told_lsn: Lsn::INVALID,
         told_ms: 0,
+        standby_xmins: MemberXmins::default(),
     };
     settings.safekeepers.iter().map(member).collect()
 }

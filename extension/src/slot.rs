@@ -9,6 +9,8 @@
 //! it is fed by another safekeeper when it is back. What the slot says is saved with checkpoints, so
 //! after a crash it is a little older, which keeps more WAL than needed and no less.
 //!
+//! Its xmin is that of the standbys behind the safekeepers, see standby_xmin.rs.
+//!
 //! An administrator's obstacles (a logical slot of that name, one in use, no slot left) are not
 //! errors here but reasons: the worker says so and tries again, and goes on pushing WAL meanwhile.
 
@@ -16,6 +18,8 @@ use std::ffi::{CStr, CString};
 
 use pgrx::pg_sys;
 use safekeeper_protocol::Lsn;
+
+use crate::standby_xmin::{Xmins, in_recent_past};
 
 /// Why there is no slot yet.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -78,6 +82,31 @@ impl Slot {
         }
     }
 
+    /// Keeps rows that these transactions may see from vacuum, for standbys (`PhysicalReplicationSlotNewXmin`).
+    /// Never backwards; none lets go.
+    pub fn hold_transactions(&mut self, xmins: Xmins) {
+        // SAFETY: a value in shared memory, read under its lock.
+        let next = unsafe { pg_sys::ReadNextFullTransactionId() }.value;
+        // SAFETY: our slot, its fields under its lock, then made known as a WAL sender would.
+        unsafe {
+            let slot = pg_sys::MyReplicationSlot;
+            pg_sys::SpinLockAcquire(&raw mut (*slot).mutex);
+            let xmin = next_xmin((*slot).data.xmin, xmins.xmin, next);
+            let catalog_xmin = next_xmin((*slot).data.catalog_xmin, xmins.catalog_xmin, next);
+            if let Some(id) = xmin {
+                ((*slot).data.xmin, (*slot).effective_xmin) = (id, id);
+            }
+            if let Some(id) = catalog_xmin {
+                ((*slot).data.catalog_xmin, (*slot).effective_catalog_xmin) = (id, id);
+            }
+            pg_sys::SpinLockRelease(&raw mut (*slot).mutex);
+            if xmin.is_some() || catalog_xmin.is_some() {
+                pg_sys::ReplicationSlotMarkDirty();
+                pg_sys::ReplicationSlotsComputeRequiredXmin(false);
+            }
+        }
+    }
+
     pub fn restart_lsn(&self) -> Lsn {
         self.restart_lsn
     }
@@ -87,6 +116,20 @@ impl Slot {
         // SAFETY: acquired by this process.
         unsafe { pg_sys::ReplicationSlotRelease() };
     }
+}
+
+/// What a slot's xmin changes to, if it does. `wanted` has an epoch, 0 is none; `next` is the next id to
+/// be given.
+fn next_xmin(held: pg_sys::TransactionId, wanted: u64, next: u64) -> Option<pg_sys::TransactionId> {
+    let held: u32 = held.into_inner();
+    let wanted = match wanted {
+        0 => 0,
+        // What can't be true is as if it had not been said.
+        wanted => in_recent_past(wanted, next)?,
+    };
+    let is_later = wanted.wrapping_sub(held).cast_signed() > 0;
+    let moves = wanted != held && (wanted == 0 || held == 0 || is_later);
+    moves.then_some(wanted.into())
 }
 
 /// The position that a slot should keep: the lowest of the members' `flush_lsn` that lie within
@@ -170,6 +213,25 @@ fn create(name: &CStr) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn xmin_goes_forward_or_away() {
+        let epoch = 1u64 << 32;
+        for (held, wanted, next, to) in [
+            (0, 700, 800, Some(700)),
+            (700, 700, 800, None),
+            (700, 750, 800, Some(750)),
+            (700, 650, 800, None),
+            (700, 0, 800, Some(0)),
+            (0, 0, 800, None),
+            (700, 900, 800, None),
+            (u32::MAX - 10, epoch + 20, epoch + 30, Some(20)),
+            (20, epoch - 11, epoch + 30, None),
+        ] {
+            let moved = next_xmin(held.into(), wanted, next);
+            assert_eq!(moved, to.map(Into::into), "{held} {wanted} {next}");
+        }
+    }
 
     #[test]
     fn members_within_the_bound_are_waited_for_and_no_others() {

@@ -22,6 +22,7 @@ pub struct Safekeeper {
     http: SocketAddr,
     process: Option<Process>,
     environment: Environment,
+    settings: Vec<String>,
 }
 
 impl Safekeeper {
@@ -37,6 +38,7 @@ impl Safekeeper {
             http: unused_address(),
             process: None,
             environment: Environment::new(),
+            settings: Vec::new(),
         };
         let mut command = Safekeeper::program();
         command
@@ -49,6 +51,11 @@ impl Safekeeper {
     /// Variables of the daemon, from its next start on.
     pub fn set_environment(&mut self, variables: Environment) {
         self.environment = variables;
+    }
+
+    /// Arguments of `safekeeper run`, from its next start on.
+    pub fn set_settings(&mut self, arguments: &[&str]) {
+        self.settings = arguments.iter().map(|text| (*text).to_owned()).collect();
     }
 
     /// The daemon's program, without arguments.
@@ -77,7 +84,8 @@ impl Safekeeper {
         command.args(["run", "--listen", &self.listen.to_string()]);
         command
             .args(["--http", &self.http.to_string(), "--data-dir"])
-            .arg(&self.data);
+            .arg(&self.data)
+            .args(&self.settings);
         command.envs(self.environment.iter().cloned());
         command
     }
@@ -174,6 +182,13 @@ impl Safekeeper {
         consumers
             .find(|consumer| consumer["application_name"] == application_name)
             .cloned()
+    }
+
+    /// What the status says about a replication slot.
+    pub fn slot(&self, system_id: u64, name: &str) -> Option<Value> {
+        let cluster = self.cluster(system_id)?;
+        let mut slots = cluster["slots"].as_array()?.iter();
+        slots.find(|slot| slot["slot_name"] == name).cloned()
     }
 
     /// A position from the status, such as `flush_lsn`; 0/0 if it is not known.

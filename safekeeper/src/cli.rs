@@ -86,6 +86,12 @@ struct RunArguments {
     /// WAL kept below commit_lsn whoever needs it; 0 has no bound [default: 64GB]
     #[arg(long, value_name = "SIZE")]
     max_wal_keep: Option<String>,
+    /// With less on the disk the oldest WAL goes, whoever needs it; 0: never [default: 256MB]
+    #[arg(long, value_name = "SIZE")]
+    min_free_space: Option<String>,
+    /// Replication slots of one cluster [default: 10]
+    #[arg(long, value_name = "N")]
+    max_replication_slots: Option<i64>,
     /// A consumer silent for longer is dropped; 0 waits for ever [default: 60s]
     #[arg(long, value_name = "TIME")]
     wal_sender_timeout: Option<String>,
@@ -230,6 +236,11 @@ fn config_of(arguments: &RunArguments) -> Result<Config, Failure> {
         ),
         ("wal_keep_size", text(&arguments.wal_keep_size)),
         ("max_wal_keep", text(&arguments.max_wal_keep)),
+        ("min_free_space", text(&arguments.min_free_space)),
+        (
+            "max_replication_slots",
+            arguments.max_replication_slots.map(toml::Value::from),
+        ),
         ("wal_sender_timeout", text(&arguments.wal_sender_timeout)),
         ("log_format", log_format),
         ("log_level", text(&arguments.log_level)),

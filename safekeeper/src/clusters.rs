@@ -25,6 +25,7 @@ use crate::disk::{Disk, StorageError};
 use crate::identity::{DataDir, Identity};
 use crate::keeper::{Keeper, KeeperError, PushError, stop_on};
 use crate::metrics::Metrics;
+use crate::retention::{Retention, Space};
 use crate::status::{ClusterStatus, Status};
 
 /// The clusters of one data directory.
@@ -216,6 +217,46 @@ impl Clusters {
                 "58030",
                 format!("could not make cluster {}: {error}", label(cluster)),
             ))),
+        }
+    }
+
+    /// See retention.rs.
+    pub fn housekeep(&self, retention: &Retention) {
+        let space = match self.is_short(retention) {
+            true => Space::Short,
+            false => Space::Enough,
+        };
+        let keepers = self.keepers();
+        for keeper in &keepers {
+            keeper.housekeep(retention, space);
+        }
+        if space == Space::Short {
+            self.make_space(&keepers, retention);
+        }
+    }
+
+    /// The oldest segment of who keeps most, again and again.
+    fn make_space(&self, keepers: &[Arc<Keeper>], retention: &Retention) {
+        while self.is_short(retention) {
+            let mut by_size: Vec<_> = keepers.iter().map(|k| (k.kept().size(), k)).collect();
+            by_size.sort_by_key(|(size, _)| std::cmp::Reverse(*size));
+            let mut largest_first = by_size.iter();
+            if !largest_first.any(|(_, keeper)| keeper.remove_oldest(retention)) {
+                return;
+            }
+        }
+    }
+
+    fn is_short(&self, retention: &Retention) -> bool {
+        if retention.min_free_space == 0 {
+            return false;
+        }
+        match self.disk.free_bytes() {
+            Ok(free) => free < retention.min_free_space,
+            Err(error) => {
+                log::warn!("free space is not known ({error})");
+                false
+            }
         }
     }
 

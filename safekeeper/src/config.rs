@@ -8,6 +8,8 @@
 //! | `max_connections`   | `100`            | connections at a time on `listen`                         |
 //! | `wal_keep_size`     | `1GB`            | WAL kept below commit_lsn that nobody connected needs     |
 //! | `max_wal_keep`      | `64GB`           | WAL kept below commit_lsn whoever needs it; 0 has no bound |
+//! | `min_free_space`    | `256MB`          | below it the oldest WAL goes, whoever needs it; 0: never  |
+//! | `max_replication_slots` | `10`         | replication slots of one cluster; at most 256             |
 //! | `wal_sender_timeout`| `60s`            | a consumer that says or takes nothing for longer is dropped; 0 waits for ever |
 //! | `log_format`        | `text`           | or `json`                                                 |
 //! | `log_level`         | `info`           | `error`, `warn`, `info`, `debug`, `trace`                 |
@@ -30,6 +32,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use crate::logging::LogFormat;
+use crate::slot_file::SLOTS_MAX;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:5454";
 pub const DEFAULT_HTTP: &str = "127.0.0.1:7676";
@@ -62,6 +65,11 @@ pub struct Config {
     /// In bytes; not below `wal_keep_size`. None: as much as anybody needs.
     #[serde(deserialize_with = "bound")]
     pub max_wal_keep: Option<u64>,
+    /// In bytes, of the disk.
+    #[serde(deserialize_with = "size")]
+    pub min_free_space: u64,
+    /// Of one cluster.
+    pub max_replication_slots: usize,
     /// None: consumers may be silent for ever.
     #[serde(deserialize_with = "timeout")]
     pub wal_sender_timeout: Option<Duration>,
@@ -82,6 +90,8 @@ impl Default for Config {
             max_connections: 100,
             wal_keep_size: 1 << 30,
             max_wal_keep: Some(64 << 30),
+            min_free_space: 256 << 20,
+            max_replication_slots: 10,
             wal_sender_timeout: Some(Duration::from_secs(60)),
             log_format: LogFormat::Text,
             log_level: LevelFilter::Info,
@@ -118,6 +128,10 @@ impl Config {
             "max_connections" => self.max_connections = parsed.max_connections,
             "wal_keep_size" => self.wal_keep_size = parsed.wal_keep_size,
             "max_wal_keep" => self.max_wal_keep = parsed.max_wal_keep,
+            "min_free_space" => self.min_free_space = parsed.min_free_space,
+            "max_replication_slots" => {
+                self.max_replication_slots = parsed.max_replication_slots;
+            }
             "wal_sender_timeout" => self.wal_sender_timeout = parsed.wal_sender_timeout,
             "log_format" => self.log_format = parsed.log_format,
             "log_level" => self.log_level = parsed.log_level,
@@ -131,6 +145,12 @@ impl Config {
     pub fn addresses(&self) -> Result<(SocketAddr, SocketAddr), ConfigError> {
         if self.max_connections == 0 {
             return Err(ConfigError("max_connections: must be at least 1".into()));
+        }
+        if self.max_replication_slots > SLOTS_MAX {
+            return Err(ConfigError(format!(
+                "max_replication_slots: {} is more than {SLOTS_MAX}",
+                self.max_replication_slots
+            )));
         }
         if let Some(max) = self.max_wal_keep
             && max < self.wal_keep_size
@@ -255,6 +275,8 @@ mod tests {
             max_connections = 7
             wal_keep_size = "2MB"
             max_wal_keep = "0"
+            min_free_space = "3MB"
+            max_replication_slots = 3
             wal_sender_timeout = "0"
             log_format = "json"
             log_level = "debug"
@@ -280,6 +302,8 @@ mod tests {
             ("wal_keep_size = -5", "wal_keep_size"),
             ("wal_keep_size = \"99999999999TB\"", "wal_keep_size"),
             ("max_wal_keep = \"much\"", "max_wal_keep"),
+            ("min_free_space = \"some\"", "min_free_space"),
+            ("max_replication_slots = -1", "max_replication_slots"),
             ("wal_sender_timeout = \"soon\"", "wal_sender_timeout"),
             ("wal_sender_timeout = 1.5", "wal_sender_timeout"),
             ("log_format = \"xml\"", "log_format"),

@@ -20,6 +20,8 @@ use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use safekeeper_wire::pgwire::{
     ConnectionError, ErrorReport, Filled, Input, LEN_MAX_UNAUTHENTICATED, Output, Wait, closed,
 };
@@ -93,6 +95,7 @@ impl Connection {
     /// Serve the peer until it leaves or must.
     pub fn run(mut self) {
         let ended = self.serve();
+        self.drop_temporary_slots();
         let report = match ended {
             Ok(()) => return,
             Err(_) if self.shared.is_stopping() => ErrorReport::new(
@@ -250,6 +253,7 @@ impl Connection {
                         Err(ConnectionError::Command(report)) => {
                             log::debug!("command failed: {} from={}", report.message, self.peer);
                             self.output.error("ERROR", &report);
+                            self.drop_temporary_slots();
                         }
                         Err(error) => return Err(error),
                     }
@@ -298,6 +302,24 @@ impl Connection {
             }
         }
         Ok(After::Ready)
+    }
+
+    /// Temporary replication slots end with the session, and with its first error, as a primary's.
+    fn drop_temporary_slots(&self) {
+        for keeper in self.shared.clusters.keepers() {
+            if keeper.slots.drop_temporary(self.id) {
+                keeper.consumers.gather_feedback();
+            }
+        }
+    }
+
+    /// The peer has not closed its side. For whoever waits for something else.
+    pub fn is_peer_there(&self) -> bool {
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        match rustix::net::recv(&self.socket, &mut [0; 1][..], flags) {
+            Ok((_, len)) => len > 0,
+            Err(errno) => errno == Errno::AGAIN || errno == Errno::INTR,
+        }
     }
 
     pub fn send(&mut self) -> Result<(), ConnectionError> {

@@ -15,7 +15,8 @@
 //! sees the other: no wake-up is lost.
 //!
 //! Beside that this is where the reports of all standbys become the one that travels to the
-//! primary with every answer: the lowest replay position and the oldest xmin.
+//! primary with every answer: the lowest replay position and the oldest xmin. Slots keep the xmin
+//! of a standby that is away.
 
 use std::io;
 use std::net::SocketAddr;
@@ -25,6 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{EventfdFlags, eventfd};
 use safekeeper_protocol::{Lsn, StandbyFeedback};
+
+use crate::slots::Slots;
 
 /// As `pg_stat_replication.state` names them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,13 +104,24 @@ impl Consumer {
 }
 
 /// The consumers of one cluster.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Consumers {
+    slots: Arc<Slots>,
     attached: Mutex<Vec<Arc<Consumer>>>,
     feedback: Mutex<StandbyFeedback>,
 }
 
 impl Consumers {
+    pub fn new(slots: Arc<Slots>) -> Consumers {
+        let consumers = Consumers {
+            slots,
+            attached: Mutex::default(),
+            feedback: Mutex::default(),
+        };
+        consumers.gather_feedback();
+        consumers
+    }
+
     /// Add one that streams from `start_lsn`, until the returned value is dropped.
     pub fn attach(
         &self,
@@ -155,15 +169,20 @@ impl Consumers {
         *lock(&self.feedback)
     }
 
-    /// Receivers that replay nothing report no apply position and hold nothing back by it.
-    fn gather_feedback(&self) {
+    /// Somebody has reported, come or gone, a slot too: what the primary hears may change. Receivers
+    /// that replay nothing report no apply position and hold nothing back by it.
+    pub fn gather_feedback(&self) {
         let attached = lock(&self.attached);
+        let (slot_xmin, slot_catalog_xmin) = self.slots.xmins();
         let reported: Vec<Progress> = attached.iter().map(|c| c.progress()).collect();
         let least = |values: &mut dyn Iterator<Item = u64>| values.filter(|v| *v > 0).min();
+        let mut xmins = reported.iter().map(|p| p.xmin).chain([slot_xmin]);
+        let catalog_xmins = reported.iter().map(|p| p.catalog_xmin);
+        let mut catalog_xmins = catalog_xmins.chain([slot_catalog_xmin]);
         *lock(&self.feedback) = StandbyFeedback {
             apply_lsn: Lsn(least(&mut reported.iter().map(|p| p.apply_lsn.0)).unwrap_or(0)),
-            xmin: least(&mut reported.iter().map(|p| p.xmin)).unwrap_or(0),
-            catalog_xmin: least(&mut reported.iter().map(|p| p.catalog_xmin)).unwrap_or(0),
+            xmin: least(&mut xmins).unwrap_or(0),
+            catalog_xmin: least(&mut catalog_xmins).unwrap_or(0),
         };
     }
 }
@@ -226,6 +245,12 @@ mod tests {
         ([127, 0, 0, 1], 1).into()
     }
 
+    fn consumers() -> Consumers {
+        let dir = tempfile::tempdir().expect("a temporary directory");
+        let disk = Arc::new(crate::disk::RealDisk::new(dir.path()));
+        Consumers::new(Arc::new(Slots::open(disk, 1)))
+    }
+
     fn has_news(attached: &Attached<'_>) -> bool {
         let mut fds = [PollFd::from_borrowed_fd(attached.wake_fd(), PollFlags::IN)];
         let now = rustix::event::Timespec {
@@ -237,7 +262,7 @@ mod tests {
 
     #[test]
     fn only_a_sleeper_is_woken_and_only_once() {
-        let consumers = Consumers::default();
+        let consumers = consumers();
         let one = consumers
             .attach("one", address(), Lsn(1))
             .expect("an eventfd");
@@ -254,7 +279,7 @@ mod tests {
 
     #[test]
     fn the_primary_hears_the_least_of_what_was_reported() {
-        let consumers = Consumers::default();
+        let consumers = consumers();
         let receiver = consumers
             .attach("pg_receivewal", address(), Lsn(100))
             .expect("attached");

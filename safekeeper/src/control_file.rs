@@ -19,23 +19,9 @@
 //!   FILE_LEN - 4    4      CRC-32C of all before
 //! ```
 //!
-//! **Replacing it**: write the new state over `control.tmp`, sync it, exchange the two names, sync
-//! the directory. The exchange is one step of the file system's journal, so that whatever happens
-//! `control` is the old state or the new one, whole.
-//!
-//! | a crash after        | leaves                              | at start                      |
-//! |----------------------|-------------------------------------|-------------------------------|
-//! | writing control.tmp  | old control, torn control.tmp       | the old state; not promised   |
-//! | the exchange         | either                              | either; not promised          |
-//! | syncing the directory | new control, old one as control.tmp | the new state                 |
-//!
-//! **A full disk cannot stop a vote.** The next state is written over blocks that are allocated
-//! already, and an exchange adds no name. That is why the length is fixed, and large enough for
-//! the longest history and configuration that the protocol allows; why `control.tmp` is kept; and
-//! why it is not replaced with a plain rename, which would give its predecessor's blocks away. On
-//! a file system that cannot exchange names we do rename, and make a new `control.tmp` afterwards:
-//! there the reserve can be missing when it is needed. On one that never writes in place (btrfs,
-//! ZFS) no reserve holds.
+//! It is replaced as a whole, and needs no space for that: a full disk cannot stop a vote. How, and
+//! what a crash leaves, see reserved_file.rs. The length is fixed, and large enough for the longest
+//! history and configuration that the protocol allows.
 //!
 //! It is written for every vote, Elected and Configure, never for a commit: `commit_lsn` is only
 //! brought up to date now and then, and recovery knows that it may lag.
@@ -48,7 +34,8 @@ use safekeeper_protocol::codec::{
     DecodeError, Input, encode_cluster, encode_configuration, encode_history,
 };
 
-use crate::disk::{Disk, DiskFile, StorageError};
+use crate::disk::{Disk, StorageError};
+use crate::reserved_file::{ReservedFile, read_reserved};
 
 /// Why a cluster's state can't be read.
 #[derive(Debug, thiserror::Error)]
@@ -69,10 +56,7 @@ pub enum ControlFileError {
 
 /// The control file of one cluster. Whoever holds this is the only one who writes it.
 #[derive(Debug)]
-pub struct ControlFile {
-    disk: Arc<dyn Disk>,
-    dir: PathBuf,
-}
+pub struct ControlFile(ReservedFile);
 
 impl ControlFile {
     /// Makes the directory of a cluster that is new here, with its first state. If it fails for
@@ -81,16 +65,11 @@ impl ControlFile {
         let dir = cluster_dir(state.cluster.system_id);
         disk.create_dir(&dir)?;
         disk.create_dir(&wal_dir(state.cluster.system_id))?;
-        let control = ControlFile { disk, dir };
-        // The reserve first: once `control` is there, the cluster is.
-        control.make_reserve()?;
-        let first = control.dir.join(FIRST);
-        let file = control.disk.create(&first)?;
-        write_whole(file.as_ref(), &encode(state))?;
-        control.disk.rename(&first, &control.dir.join(CONTROL))?;
-        control.disk.sync_dir(&control.dir)?;
-        control.disk.sync_dir(Path::new(""))?;
-        Ok(control)
+        let file = ReservedFile::new(disk.clone(), dir, CONTROL, FILE_LEN);
+        // Once `control` is there, the cluster is.
+        file.create(&encode(state))?;
+        disk.sync_dir(Path::new(""))?;
+        Ok(ControlFile(file))
     }
 
     /// Opens the control file of a cluster and reads its state.
@@ -99,9 +78,8 @@ impl ControlFile {
         system_id: u64,
     ) -> Result<(ControlFile, AcceptorState), ControlFileError> {
         let state = read_state(disk.as_ref(), system_id)?;
-        let dir = cluster_dir(system_id);
-        let control = ControlFile { disk, dir };
-        match control.check_reserve() {
+        let file = ReservedFile::new(disk, cluster_dir(system_id), CONTROL, FILE_LEN);
+        match file.check_reserve() {
             Ok(()) => {}
             // Votes still work as long as there is a little space; and starting must not depend
             // on more of it, since space is made by what runs after the start.
@@ -110,42 +88,13 @@ impl ControlFile {
             }
             Err(error) => return Err(error.into()),
         }
-        Ok((control, state))
+        Ok((ControlFile(file), state))
     }
 
     /// Replaces the state. When this returns, the new one is on stable storage. After an error it
     /// may be there or not: the process must end.
     pub fn persist(&mut self, state: &AcceptorState) -> Result<(), StorageError> {
-        let (control, reserve) = (self.dir.join(CONTROL), self.dir.join(RESERVE));
-        let file = match self.disk.open(&reserve) {
-            Err(error) if error.is_not_found() => self.disk.create(&reserve)?,
-            other => other?,
-        };
-        write_whole(file.as_ref(), &encode(state))?;
-        match self.disk.exchange(&reserve, &control) {
-            Err(error) if error.is_unsupported() => self.disk.rename(&reserve, &control)?,
-            other => other?,
-        }
-        self.disk.sync_dir(&self.dir)?;
-        match self.check_reserve() {
-            Err(error) if error.is_no_space() => Ok(()),
-            other => other,
-        }
-    }
-
-    /// Makes `control.tmp` if it is not there.
-    fn check_reserve(&self) -> Result<(), StorageError> {
-        match self.disk.file_id(&self.dir.join(RESERVE))? {
-            Some(_) => Ok(()),
-            None => self.make_reserve(),
-        }
-    }
-
-    fn make_reserve(&self) -> Result<(), StorageError> {
-        let file = self.disk.create(&self.dir.join(RESERVE))?;
-        // Real zeros, not a hole: it is the blocks that matter.
-        write_whole(file.as_ref(), &[0; FILE_LEN])?;
-        self.disk.sync_dir(&self.dir)
+        self.0.replace(&encode(state))
     }
 }
 
@@ -179,29 +128,15 @@ pub fn wal_dir(system_id: u64) -> PathBuf {
 /// Reads a cluster's state and changes nothing.
 pub fn read_state(disk: &dyn Disk, system_id: u64) -> Result<AcceptorState, ControlFileError> {
     let path = cluster_dir(system_id).join(CONTROL);
-    let file = match disk.open_read_only(&path) {
-        Ok(file) => file,
-        Err(error) if error.is_not_found() => return Err(ControlFileError::Missing(path)),
-        Err(error) => return Err(error.into()),
-    };
-    // One byte more than there may be, to notice if there is.
-    let mut bytes = vec![0; FILE_LEN + 1];
-    let len = file.read_at(&mut bytes, 0)?;
-    let state = decode(&bytes[..len], &path)?;
+    let bytes = read_reserved(disk, &path, FILE_LEN)?;
+    let bytes = bytes.ok_or_else(|| ControlFileError::Missing(path.clone()))?;
+    let state = decode(&bytes, &path)?;
     if state.cluster.system_id == system_id {
         Ok(state)
     } else {
         let problem = format!("it is of cluster {}", state.cluster.system_id);
         Err(ControlFileError::Damaged { path, problem })
     }
-}
-
-fn write_whole(file: &dyn DiskFile, bytes: &[u8]) -> Result<(), StorageError> {
-    file.write_at(bytes, 0)?;
-    if file.size()? != bytes.len() as u64 {
-        file.set_len(bytes.len() as u64)?;
-    }
-    file.sync_all()
 }
 
 /// The bytes of a control file that holds `state`.
@@ -270,8 +205,6 @@ pub fn decode(bytes: &[u8], path: &Path) -> Result<AcceptorState, ControlFileErr
 }
 
 const CONTROL: &str = "control";
-const RESERVE: &str = "control.tmp";
-const FIRST: &str = "control.first.tmp";
 const MAGIC: &[u8; 8] = b"SKCTRL\r\n";
 const VERSION: u32 = 1;
 /// A history of `TermHistory::LEN_MAX` reigns takes 80 KiB, a joint configuration of
@@ -290,6 +223,7 @@ mod tests {
         MemberId, Term, TermEntry, TermHistory, Tli,
     };
 
+    const RESERVE: &str = "control.tmp";
     const SYSTEM_ID: u64 = 7_000_000_000_000_000_001;
 
     fn members(n: usize, host_len: usize) -> Vec<Member> {

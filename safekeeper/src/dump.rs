@@ -8,6 +8,7 @@
 //!   configuration 4.1 {1,2,3}
 //!     member 1  10.0.0.5:5454  incarnation 3f...
 //!   term history 1@0/1000000 4@0/31A0000
+//!   slot standby1  restart_lsn 0/2100000  xmin 700  catalog_xmin 0
 //!   000000010000000000000002  0/2000000..0/3000000  16777216 bytes
 //!   000000010000000000000003  0/3000000..0/4000000  16777216 bytes, WAL ends at 0/31A2BA8
 //!   000000010000000000000004  0/4000000..0/5000000  16777216 bytes, behind the end
@@ -26,6 +27,7 @@ use crate::disk::{Disk, RealDisk, StorageError};
 use crate::identity::read_identity;
 use crate::recovery::LogReader;
 use crate::segment::{SegmentDir, Timelines, wal_format};
+use crate::slot_file::read_slots;
 use crate::timeline_files::TimelineFiles;
 
 /// Prints what is in the data directory `dir`. Fails only if `out` does.
@@ -47,6 +49,7 @@ pub fn dump(dir: &Path, out: &mut dyn Write) -> io::Result<()> {
         match read_state(disk.as_ref(), system_id) {
             Ok(state) => {
                 dump_state(&state, out)?;
+                dump_slots(disk.as_ref(), system_id, out)?;
                 dump_wal(&disk, &state, out)?;
             }
             Err(error) => writeln!(out, "cluster {system_id}: {error}")?,
@@ -76,6 +79,24 @@ fn dump_state(state: &AcceptorState, out: &mut dyn Write) -> io::Result<()> {
         )?;
     }
     writeln!(out, "  term history {}", state.history)
+}
+
+fn dump_slots(disk: &dyn Disk, system_id: u64, out: &mut dyn Write) -> io::Result<()> {
+    let slots = match read_slots(disk, system_id) {
+        Ok(slots) => slots.unwrap_or_default(),
+        Err(error) => return writeln!(out, "  {error}"),
+    };
+    for slot in slots {
+        let (name, restart_lsn) = (&slot.name, slot.restart_lsn);
+        let lost = if slot.lost { "  lost" } else { "" };
+        // Without their epochs, as Postgres shows them.
+        let (xmin, catalog_xmin) = (slot.xmin as u32, slot.catalog_xmin as u32);
+        writeln!(
+            out,
+            "  slot {name}  restart_lsn {restart_lsn}  xmin {xmin}  catalog_xmin {catalog_xmin}{lost}"
+        )?;
+    }
+    Ok(())
 }
 
 fn dump_wal(disk: &Arc<dyn Disk>, state: &AcceptorState, out: &mut dyn Write) -> io::Result<()> {

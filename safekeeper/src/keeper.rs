@@ -17,7 +17,7 @@
 //! commit_lsn goes to the control file now and then, by `housekeep`. That one takes the keeper for
 //! the moment it needs to copy the state, and waits for the disk with only the control file in its
 //! hands; locks are taken in this order, keeper then control file, so an older state never replaces
-//! a newer one, and no commit waits for it. Old WAL is removed a few segments at a time, and who
+//! a newer one, and no commit waits for it. Old WAL (retention.rs) is removed a few segments at a time, and who
 //! came meanwhile has the keeper first: it is taken through a door, in which the next one waits.
 //!
 //! **A failed write, flush or rename ends the process**, in [`stop_on`]: what the disk holds is
@@ -44,7 +44,11 @@ use crate::control_file::{ControlFile, ControlFileError};
 use crate::disk::{Disk, StorageError};
 use crate::identity::Identity;
 use crate::metrics::ClusterMetrics;
-use crate::status::{ClusterStatus, ConfigurationStatus, LsnText, StandbyStatus, term_history};
+use crate::retention::{Bound, Kept, Retention, Space};
+use crate::slots::{SlotView, Slots};
+use crate::status::{
+    ClusterStatus, ConfigurationStatus, LsnText, SlotStatus, StandbyStatus, term_history,
+};
 use crate::view::View;
 use crate::wal_reader::{ReadError, WalReader};
 use crate::wal_storage::{OpenError, WalStorage};
@@ -56,12 +60,17 @@ pub struct Keeper {
     cluster: ClusterIdentity,
     identity: Identity,
     disk: Arc<dyn Disk>,
+    pub slots: Arc<Slots>,
     pub consumers: Consumers,
     pub metrics: ClusterMetrics,
     commit_lsn: Watch,
     write_lsn: AtomicU64,
     flush_lsn: AtomicU64,
     oldest_lsn: AtomicU64,
+    /// WAL from here on is kept though nobody asks, wal_keep_size.
+    kept_anyway_from: AtomicU64,
+    /// By which WAL that somebody needs is being removed.
+    over_bound: Mutex<Option<Bound>>,
     view: Mutex<Arc<View>>,
     /// Whose Elected was taken, while it is connected.
     proposer: Mutex<Option<SocketAddr>>,
@@ -81,15 +90,6 @@ struct Held {
     actions: Vec<AcceptorAction>,
     /// commit_lsn in the control file.
     persisted_commit_lsn: Lsn,
-    /// WAL that somebody needs is being removed for want of a right to so much.
-    over_bound: bool,
-}
-
-/// How much WAL is kept below commit_lsn, in bytes; see the settings of these names.
-#[derive(Clone, Copy, Debug)]
-pub struct Retention {
-    pub wal_keep_size: u64,
-    pub max_wal_keep: Option<u64>,
 }
 
 /// Why a cluster is not served.
@@ -214,16 +214,20 @@ impl Keeper {
             .timeline_files()
             .map_err(ControlFileError::Storage)?;
         let view = View::new(acceptor.state(), timeline_files);
+        let slots = Arc::new(Slots::open(disk.clone(), acceptor.cluster().system_id));
         Ok(Keeper {
             identity,
             cluster: acceptor.cluster().clone(),
             disk,
-            consumers: Consumers::default(),
+            consumers: Consumers::new(slots.clone()),
+            slots,
             metrics,
             commit_lsn: Watch::new(acceptor.commit_lsn().0),
             write_lsn: AtomicU64::new(acceptor.write_lsn().0),
             flush_lsn: AtomicU64::new(acceptor.flush_lsn().0),
             oldest_lsn: AtomicU64::new(storage.oldest_lsn().0),
+            kept_anyway_from: AtomicU64::new(0),
+            over_bound: Mutex::new(None),
             view: Mutex::new(Arc::new(view)),
             proposer: Mutex::new(None),
             control: Mutex::new(control),
@@ -233,7 +237,6 @@ impl Keeper {
                 acceptor,
                 storage,
                 actions: Vec::new(),
-                over_bound: false,
             }),
         })
     }
@@ -253,6 +256,38 @@ impl Keeper {
     /// End of the WAL that consumers may have.
     pub fn commit_lsn(&self) -> Lsn {
         Lsn(self.commit_lsn.get())
+    }
+
+    /// Start of the WAL that is kept; invalid while there is no log.
+    pub fn oldest_lsn(&self) -> Lsn {
+        Lsn(self.oldest_lsn.load(Ordering::Relaxed))
+    }
+
+    /// `host:port` of the other members, as the proposer knows them.
+    pub fn peers(&self) -> Vec<String> {
+        let view = self.view();
+        let configuration = &view.state.configuration;
+        let new = configuration.new_members.iter().flatten();
+        let mut peers: Vec<String> = Vec::new();
+        for member in configuration.members.iter().chain(new) {
+            let address = match member.host.contains(':') {
+                true => format!("[{}]:{}", member.host, member.port),
+                false => format!("{}:{}", member.host, member.port),
+            };
+            if member.id != self.identity.id && !peers.contains(&address) {
+                peers.push(address);
+            }
+        }
+        peers
+    }
+
+    /// From where a new slot can keep WAL: the end that consumers know, which no removal is beyond. Where
+    /// nothing is known to be committed, from the log's begin.
+    pub fn reservable_lsn(&self) -> Lsn {
+        match self.commit_lsn() {
+            Lsn::INVALID => self.oldest_lsn(),
+            commit_lsn => commit_lsn,
+        }
     }
 
     pub fn view(&self) -> Arc<View> {
@@ -280,79 +315,127 @@ impl Keeper {
         })
     }
 
-    /// commit_lsn to the control file if it moved; WAL that nobody needs, or that is more than may
-    /// be kept, removed.
-    pub fn housekeep(&self, retention: Retention) {
+    /// commit_lsn to the control file if it moved, and slots; WAL removed that is not to be kept.
+    pub fn housekeep(&self, retention: &Retention, space: Space) {
         self.persist_commit_lsn();
-        let mut removed = false;
-        while self.remove_some(retention) {
-            removed = true;
-        }
-        if removed {
+        self.slots.save_if_due();
+        let kept_anyway = self.commit_lsn().0.saturating_sub(retention.wal_keep_size);
+        self.kept_anyway_from.store(kept_anyway, Ordering::Relaxed);
+        if self.remove_wal(retention, space) {
             log::info!(
                 "removed WAL cluster={} oldest_lsn={}",
                 self.cluster.name,
-                Lsn(self.oldest_lsn.load(Ordering::Relaxed))
+                self.oldest_lsn()
             );
+        }
+    }
+
+    fn remove_wal(&self, retention: &Retention, space: Space) -> bool {
+        let mut removed = false;
+        while self.remove_some(retention, space) {
+            removed = true;
+        }
+        removed
+    }
+
+    /// The oldest segment, whoever needs it; more only if a record reaches from it over the next ones. False
+    /// if there is none that may go.
+    pub fn remove_oldest(&self, retention: &Retention) -> bool {
+        (1..=self.kept().segments())
+            .any(|segments| self.remove_some(retention, Space::OldestGo(segments)))
+    }
+
+    /// What there is, and who needs it.
+    pub fn kept(&self) -> Kept {
+        let held = self.hold();
+        let (commit_lsn, members) = (held.acceptor.commit_lsn(), held.acceptor.truncate_lsn());
+        let oldest_lsn = held.storage.oldest_lsn();
+        drop(held);
+        let others = [self.consumers.needed_from(), self.slots.needed_from()];
+        let others = others.into_iter().flatten();
+        Kept {
+            oldest_lsn,
+            commit_lsn,
+            needed_from: Some(others.fold(members, Lsn::min)),
+            segment_size: self.cluster.segment_size,
         }
     }
 
     /// Some of what is to be removed. False if there was nothing.
-    fn remove_some(&self, retention: Retention) -> bool {
-        let mut held = self.hold();
-        let horizon = self.horizon(&mut held, retention);
-        let oldest_lsn = held.storage.oldest_lsn();
-        if horizon.segment_start(self.cluster.segment_size) <= oldest_lsn {
+    fn remove_some(&self, retention: &Retention, space: Space) -> bool {
+        let kept = self.kept();
+        let removal = kept.removal(retention, space);
+        if removal.bound.is_none() && space == Space::Enough {
+            *lock(&self.over_bound) = None;
+        }
+        let below = removal.below.segment_start(self.cluster.segment_size);
+        if below <= kept.oldest_lsn {
             return false;
         }
-        if let Err(error) = held.storage.remove_before(horizon) {
+        // Without the keeper: it waits for the disk.
+        if let Some(bound) = removal.bound {
+            self.take_from_the_needy(bound, below);
+        }
+        let mut held = self.hold();
+        if let Err(error) = held.storage.remove_before(removal.below) {
             stop_on(&error);
         }
-        let now = held.storage.oldest_lsn();
-        self.oldest_lsn.store(now.0, Ordering::Relaxed);
-        now > oldest_lsn
+        let oldest_lsn = held.storage.oldest_lsn();
+        drop(held);
+        self.oldest_lsn.store(oldest_lsn.0, Ordering::Relaxed);
+        if removal.bound.is_some() {
+            let needed_from = kept.needed_from.unwrap_or(oldest_lsn).max(kept.oldest_lsn);
+            let taken = oldest_lsn.saturating_distance_from(needed_from);
+            self.metrics.removed_needed_wal_bytes.inc_by(taken);
+        }
+        oldest_lsn > kept.oldest_lsn
     }
 
-    /// WAL below is to be removed. It is not above commit_lsn.
-    fn horizon(&self, held: &mut Held, retention: Retention) -> Lsn {
-        let commit_lsn = held.acceptor.commit_lsn();
-        let truncate_lsn = held.acceptor.truncate_lsn();
-        let behind = |size: u64| Lsn(commit_lsn.0.saturating_sub(size));
-        let mut horizon = behind(retention.wal_keep_size).min(truncate_lsn);
-        if let Some(needed_from) = self.consumers.needed_from() {
-            horizon = horizon.min(needed_from);
-        }
-        let bound = retention.max_wal_keep.map_or(Lsn::INVALID, behind);
-        if bound.segment_start(self.cluster.segment_size) <= horizon {
-            held.over_bound = false;
-            return horizon;
-        }
-        // Not before it costs somebody something, and not again before all have caught up.
-        let removes = bound.segment_start(self.cluster.segment_size) > held.storage.oldest_lsn();
-        if removes && !std::mem::replace(&mut held.over_bound, true) {
+    /// Says who needs WAL below `lsn`, and notes which slots lose it; not again for the same bound before
+    /// nobody is over it.
+    fn take_from_the_needy(&self, bound: Bound, lsn: Lsn) {
+        let name = &self.cluster.name;
+        if lock(&self.over_bound).replace(bound) != Some(bound) {
             log::warn!(
-                "removes WAL that is still needed cluster={} (more than max_wal_keep) \
-                 below={bound} needed_by={}",
-                self.cluster.name,
-                self.needed_by(truncate_lsn, bound)
+                "removes WAL that is still needed cluster={name} (over {}) below={lsn} needed_by={}",
+                bound.name(),
+                self.needed_by(lsn)
             );
         }
-        bound
+        let lost = self.slots.lose_below(lsn);
+        for (slot, restart_lsn) in &lost {
+            log::warn!(
+                "replication slot is lost slot={slot} cluster={name} (over {}) \
+                 restart_lsn={restart_lsn} kept_from={lsn}",
+                bound.name()
+            );
+        }
+        if !lost.is_empty() {
+            self.consumers.gather_feedback();
+            self.consumers.wake();
+        }
     }
 
     /// Who needs WAL below `lsn`, for the log.
-    fn needed_by(&self, truncate_lsn: Lsn, lsn: Lsn) -> String {
-        let member =
-            (truncate_lsn < lsn).then(|| format!("a member of the quorum ({truncate_lsn})"));
+    fn needed_by(&self, lsn: Lsn) -> String {
+        let members = self.hold().acceptor.truncate_lsn();
+        let member = (members < lsn).then(|| format!("a member of the quorum ({members})"));
         let consumers = self.consumers.list();
         let behind = consumers.iter().filter_map(|consumer| {
             let needed_from = consumer.progress().needed_from();
             let name = &consumer.application_name;
             (needed_from < lsn).then(|| format!("{name} {} ({needed_from})", consumer.address))
         });
+        let slots = self.slots.list();
+        let slots = slots.iter().filter_map(|slot| {
+            let (name, restart_lsn) = (&slot.data.name, slot.data.restart_lsn);
+            let needs = restart_lsn.is_valid() && restart_lsn < lsn;
+            needs.then(|| format!("slot {name} ({restart_lsn})"))
+        });
         member
             .into_iter()
             .chain(behind)
+            .chain(slots)
             .collect::<Vec<_>>()
             .join(", ")
     }
@@ -471,10 +554,49 @@ impl Keeper {
                 .iter()
                 .map(|c| StandbyStatus::from(c.as_ref()))
                 .collect(),
+            slots: self
+                .slots
+                .list()
+                .iter()
+                .map(|s| self.slot_status(s))
+                .collect(),
+            slots_error: self.slots.unreadable(),
+            over_bound: lock(&self.over_bound).map(|bound| bound.name().to_owned()),
             damaged_appends: self.metrics.damaged_appends.get(),
             ..ClusterStatus::of(&self.cluster)
         }
     }
+}
+
+impl Keeper {
+    fn slot_status(&self, slot: &SlotView) -> SlotStatus {
+        let data = &slot.data;
+        let kept_anyway_from = Lsn(self.kept_anyway_from.load(Ordering::Relaxed));
+        let wal_status = match data.restart_lsn {
+            _ if data.lost => Some("lost"),
+            Lsn::INVALID => None,
+            lsn if lsn >= kept_anyway_from => Some("reserved"),
+            _ => Some("extended"),
+        };
+        SlotStatus {
+            slot_name: data.name.clone(),
+            temporary: slot.temporary,
+            active: slot.active.is_some(),
+            active_by: slot
+                .active
+                .as_ref()
+                .map(|holder| holder.description.clone()),
+            restart_lsn: Some(LsnText(data.restart_lsn)).filter(|lsn| lsn.0.is_valid()),
+            xmin: transaction_id(data.xmin),
+            catalog_xmin: transaction_id(data.catalog_xmin),
+            wal_status: wal_status.map(str::to_owned),
+        }
+    }
+}
+
+/// As Postgres shows it: without the epoch.
+fn transaction_id(full: u64) -> Option<u32> {
+    (full > 0).then_some(full as u32)
 }
 
 /// Reads a cluster's files, with the history by which their names were chosen.

@@ -9,7 +9,9 @@ pub mod dump;
 pub mod identity;
 mod prepare;
 mod recovery;
+mod reserved_file;
 pub mod segment;
+pub mod slot_file;
 mod timeline_files;
 pub mod verify;
 pub mod wal_reader;
@@ -21,6 +23,7 @@ pub mod config;
 pub mod logging;
 pub mod metrics;
 pub mod replication_command;
+pub mod retention;
 pub mod status;
 pub mod watch;
 
@@ -28,6 +31,7 @@ pub mod watch;
 pub mod clusters;
 pub mod consumers;
 pub mod keeper;
+pub mod slots;
 pub mod view;
 
 // Who speaks to the world.
@@ -35,6 +39,7 @@ pub mod connection;
 mod descriptors;
 pub mod http;
 pub mod receive_wal;
+mod relay;
 pub mod send_wal;
 pub mod server;
 

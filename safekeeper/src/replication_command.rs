@@ -22,8 +22,19 @@ pub enum ReplicationCommand {
         tli: Option<Tli>,
     },
     ReadReplicationSlot(String),
-    CreateReplicationSlot,
-    DropReplicationSlot(String),
+    CreateReplicationSlot {
+        slot: String,
+        temporary: bool,
+        /// WAL is reserved at once, not at first use.
+        reserve_wal: bool,
+    },
+    DropReplicationSlot {
+        slot: String,
+        /// If it is in use.
+        wait: bool,
+    },
+    /// 17 and later; for logical slots only.
+    AlterReplicationSlot(String),
     StartWalPush,
 }
 
@@ -49,15 +60,15 @@ fn parse_command(first: &str, words: &mut Words<'_>) -> Result<ReplicationComman
         "TIMELINE_HISTORY" => Ok(ReplicationCommand::TimelineHistory(words.tli()?)),
         "START_REPLICATION" => parse_start_replication(words),
         "READ_REPLICATION_SLOT" => Ok(ReplicationCommand::ReadReplicationSlot(words.name()?)),
-        "CREATE_REPLICATION_SLOT" => {
-            words.name()?;
-            words.rest = "";
-            Ok(ReplicationCommand::CreateReplicationSlot)
-        }
-        "DROP_REPLICATION_SLOT" => {
+        "CREATE_REPLICATION_SLOT" => parse_create_slot(words),
+        "DROP_REPLICATION_SLOT" => Ok(ReplicationCommand::DropReplicationSlot {
+            slot: words.name()?,
+            wait: words.skip_keyword("WAIT"),
+        }),
+        "ALTER_REPLICATION_SLOT" => {
             let slot = words.name()?;
-            words.skip_keyword("WAIT");
-            Ok(ReplicationCommand::DropReplicationSlot(slot))
+            words.options()?;
+            Ok(ReplicationCommand::AlterReplicationSlot(slot))
         }
         "START_WAL_PUSH" => Ok(ReplicationCommand::StartWalPush),
         "BASE_BACKUP" | "UPLOAD_MANIFEST" => Err(ErrorReport::new(
@@ -77,10 +88,7 @@ fn parse_start_replication(words: &mut Words<'_>) -> Result<ReplicationCommand, 
     };
     words.skip_keyword("PHYSICAL");
     if words.skip_keyword("LOGICAL") {
-        return Err(ErrorReport::new(
-            "0A000",
-            "a safekeeper does not decode WAL for logical replication",
-        ));
+        return Err(logical());
     }
     let start_lsn = words.lsn()?;
     let tli = if words.skip_keyword("TIMELINE") {
@@ -95,7 +103,85 @@ fn parse_start_replication(words: &mut Words<'_>) -> Result<ReplicationCommand, 
     })
 }
 
-fn not_a_command() -> ErrorReport {
+/// `name [TEMPORARY] PHYSICAL`, then key words as up to 14, or options in brackets.
+fn parse_create_slot(words: &mut Words<'_>) -> Result<ReplicationCommand, ErrorReport> {
+    let slot = words.name()?;
+    let temporary = words.skip_keyword("TEMPORARY");
+    if words.skip_keyword("LOGICAL") {
+        return Err(logical());
+    }
+    words.keyword("PHYSICAL")?;
+    let reserve_wal = match words.next_is('(') {
+        true => reserve_wal_of(&words.options()?)?,
+        false => reserve_wal_of_keywords(words)?,
+    };
+    Ok(ReplicationCommand::CreateReplicationSlot {
+        slot,
+        temporary,
+        reserve_wal,
+    })
+}
+
+/// What is for logical slots only is a mistake at a physical one (`parseCreateReplSlotOptions`).
+fn reserve_wal_of(options: &[(String, Option<String>)]) -> Result<bool, ErrorReport> {
+    let mut reserve_wal = None;
+    for (name, value) in options {
+        match name.as_str() {
+            "reserve_wal" if reserve_wal.is_none() => {
+                reserve_wal = Some(boolean(name, value.as_deref())?);
+            }
+            "reserve_wal" | "snapshot" | "two_phase" | "failover" => return Err(redundant()),
+            _ => {
+                let message = format!("unrecognized option: {name}");
+                return Err(ErrorReport::new("XX000", message));
+            }
+        }
+    }
+    Ok(reserve_wal.unwrap_or(false))
+}
+
+fn reserve_wal_of_keywords(words: &mut Words<'_>) -> Result<bool, ErrorReport> {
+    let reserve_wal = words.skip_keyword("RESERVE_WAL");
+    for keyword in [
+        "RESERVE_WAL",
+        "EXPORT_SNAPSHOT",
+        "NOEXPORT_SNAPSHOT",
+        "USE_SNAPSHOT",
+        "TWO_PHASE",
+    ] {
+        if words.skip_keyword(keyword) {
+            return Err(redundant());
+        }
+    }
+    Ok(reserve_wal)
+}
+
+/// As `defGetBoolean` takes it: no value is yes.
+fn boolean(name: &str, value: Option<&str>) -> Result<bool, ErrorReport> {
+    match value.map(str::to_ascii_lowercase).as_deref() {
+        None | Some("true" | "on" | "1") => Ok(true),
+        Some("false" | "off" | "0") => Ok(false),
+        Some(_) => Err(ErrorReport::new(
+            "42601",
+            format!("{name} requires a Boolean value"),
+        )),
+    }
+}
+
+fn redundant() -> ErrorReport {
+    ErrorReport::new("42601", "conflicting or redundant options")
+}
+
+fn logical() -> ErrorReport {
+    ErrorReport::new(
+        "0A000",
+        "a safekeeper does not decode WAL for logical replication",
+    )
+    .hint("Logical replication slots are made on the primary, and read from there.")
+}
+
+/// What a text that begins with no command is told.
+pub fn not_a_command() -> ErrorReport {
     ErrorReport::new(
         "0A000",
         "cannot execute SQL commands in WAL sender for physical replication",
@@ -109,13 +195,21 @@ fn syntax_error() -> ErrorReport {
     ErrorReport::new("42601", SYNTAX_ERROR)
 }
 
+/// Longest name, in bytes (`NAMEDATALEN - 1`); what is longer is cut, as by `truncate_identifier`.
+const NAME_LEN_MAX: usize = 63;
+
+fn truncated(mut name: String) -> String {
+    name.truncate(name.floor_char_boundary(NAME_LEN_MAX));
+    name
+}
+
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Word<'a> {
     /// A key word, number, LSN or unquoted name.
     Plain(&'a str),
     Quoted(String),
-    /// What stands in single quotes, which no command of ours has.
-    Text,
+    /// What stands in single quotes: the value of an option.
+    Text(String),
 }
 
 struct Words<'a> {
@@ -134,11 +228,10 @@ impl<'a> Words<'a> {
             return Ok(None);
         }
         if let Some(quoted) = rest.strip_prefix('"') {
-            return self.quoted(quoted, '"').map(Some);
+            return Ok(Some(Word::Quoted(self.quoted(quoted, '"')?)));
         }
         if let Some(text) = rest.strip_prefix('\'') {
-            self.quoted(text, '\'')?;
-            return Ok(Some(Word::Text));
+            return Ok(Some(Word::Text(self.quoted(text, '\'')?)));
         }
         let is_inside = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '/' | '.' | '$');
         let len = rest.find(|c| !is_inside(c)).unwrap_or(rest.len());
@@ -151,7 +244,7 @@ impl<'a> Words<'a> {
     }
 
     /// After the opening quote; two quotes stand for one.
-    fn quoted(&mut self, mut rest: &'a str, quote: char) -> Result<Word<'a>, ErrorReport> {
+    fn quoted(&mut self, mut rest: &'a str, quote: char) -> Result<String, ErrorReport> {
         let mut name = String::new();
         loop {
             let (part, after) = rest
@@ -165,7 +258,7 @@ impl<'a> Words<'a> {
                 }
                 None => {
                     self.rest = after;
-                    return Ok(Word::Quoted(name));
+                    return Ok(name);
                 }
             }
         }
@@ -181,9 +274,57 @@ impl<'a> Words<'a> {
     /// Unquoted names are in lower case, as in SQL.
     fn name(&mut self) -> Result<String, ErrorReport> {
         match self.next()? {
-            Some(Word::Plain(word)) => Ok(word.to_ascii_lowercase()),
-            Some(Word::Quoted(name)) => Ok(name),
+            Some(Word::Plain(word)) => Ok(truncated(word.to_ascii_lowercase())),
+            Some(Word::Quoted(name)) => Ok(truncated(name)),
             _ => Err(syntax_error()),
+        }
+    }
+
+    fn keyword(&mut self, keyword: &str) -> Result<(), ErrorReport> {
+        match self.skip_keyword(keyword) {
+            true => Ok(()),
+            false => Err(syntax_error()),
+        }
+    }
+
+    fn next_is(&self, symbol: char) -> bool {
+        self.rest.trim_start().starts_with(symbol)
+    }
+
+    fn skip_symbol(&mut self, symbol: char) -> bool {
+        let rest = self.rest.trim_start().strip_prefix(symbol);
+        self.rest = rest.unwrap_or(self.rest);
+        rest.is_some()
+    }
+
+    /// `(name [value], ...)`: names in lower case, values as they are.
+    fn options(&mut self) -> Result<Vec<(String, Option<String>)>, ErrorReport> {
+        if !self.skip_symbol('(') {
+            return Err(syntax_error());
+        }
+        let mut options = Vec::new();
+        loop {
+            let name = self.name()?;
+            let value = match self.next_is(',') || self.next_is(')') {
+                true => None,
+                false => Some(self.value()?),
+            };
+            options.push((name, value));
+            if self.skip_symbol(')') {
+                return Ok(options);
+            }
+            if !self.skip_symbol(',') {
+                return Err(syntax_error());
+            }
+        }
+    }
+
+    /// A word, a quoted name, or a text in single quotes.
+    fn value(&mut self) -> Result<String, ErrorReport> {
+        match self.next()? {
+            Some(Word::Plain(word)) => Ok(word.to_owned()),
+            Some(Word::Quoted(word) | Word::Text(word)) => Ok(word),
+            None => Err(syntax_error()),
         }
     }
 
@@ -229,6 +370,25 @@ mod tests {
         }
     }
 
+    fn create(slot: &str, temporary: bool, reserve_wal: bool) -> ReplicationCommand {
+        ReplicationCommand::CreateReplicationSlot {
+            slot: slot.to_owned(),
+            temporary,
+            reserve_wal,
+        }
+    }
+
+    #[test]
+    fn names_are_cut_where_a_primary_cuts_them() {
+        let name = |text: &str| match parse(&format!("READ_REPLICATION_SLOT \"{text}\"")) {
+            Ok(ReplicationCommand::ReadReplicationSlot(name)) => name,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(name(&"a".repeat(70)), "a".repeat(63));
+        assert_eq!(name(&"é".repeat(40)), "é".repeat(31));
+        assert_eq!(name(""), "");
+    }
+
     #[test]
     fn understands_what_receivers_send() {
         for (text, command) in [
@@ -263,12 +423,42 @@ mod tests {
                 ReplicationCommand::ReadReplicationSlot("s".into()),
             ),
             (
+                "CREATE_REPLICATION_SLOT s PHYSICAL",
+                create("s", false, false),
+            ),
+            (
                 "CREATE_REPLICATION_SLOT \"s\" PHYSICAL (RESERVE_WAL)",
-                ReplicationCommand::CreateReplicationSlot,
+                create("s", false, true),
+            ),
+            (
+                "CREATE_REPLICATION_SLOT \"s\" TEMPORARY PHYSICAL ( RESERVE_WAL true );",
+                create("s", true, true),
+            ),
+            (
+                "CREATE_REPLICATION_SLOT s PHYSICAL(reserve_wal 'off')",
+                create("s", false, false),
+            ),
+            (
+                "CREATE_REPLICATION_SLOT s TEMPORARY PHYSICAL RESERVE_WAL",
+                create("s", true, true),
+            ),
+            (
+                "DROP_REPLICATION_SLOT s",
+                ReplicationCommand::DropReplicationSlot {
+                    slot: "s".into(),
+                    wait: false,
+                },
             ),
             (
                 "DROP_REPLICATION_SLOT s WAIT",
-                ReplicationCommand::DropReplicationSlot("s".into()),
+                ReplicationCommand::DropReplicationSlot {
+                    slot: "s".into(),
+                    wait: true,
+                },
+            ),
+            (
+                "ALTER_REPLICATION_SLOT s (FAILOVER true, two_phase)",
+                ReplicationCommand::AlterReplicationSlot("s".into()),
             ),
             ("START_WAL_PUSH", ReplicationCommand::StartWalPush),
         ] {
@@ -301,6 +491,32 @@ mod tests {
             ("START_REPLICATION zero", "42601"),
             ("START_REPLICATION 0/123456789", "42601"),
             ("START_REPLICATION timeline 1", "42601"),
+            ("CREATE_REPLICATION_SLOT s LOGICAL pgoutput", "0A000"),
+            ("CREATE_REPLICATION_SLOT s TEMPORARY LOGICAL p (x)", "0A000"),
+            ("CREATE_REPLICATION_SLOT", "42601"),
+            ("CREATE_REPLICATION_SLOT s", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL ()", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL", "42601"),
+            (
+                "CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL 'a",
+                "42601",
+            ),
+            (
+                "CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL 2)",
+                "42601",
+            ),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL,)", "42601"),
+            (
+                "CREATE_REPLICATION_SLOT s PHYSICAL (RESERVE_WAL, RESERVE_WAL)",
+                "42601",
+            ),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (TWO_PHASE)", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL TWO_PHASE", "42601"),
+            ("CREATE_REPLICATION_SLOT s PHYSICAL (sparkle)", "XX000"),
+            ("DROP_REPLICATION_SLOT", "42601"),
+            ("DROP_REPLICATION_SLOT s NOW", "42601"),
+            ("ALTER_REPLICATION_SLOT s", "42601"),
             ("START_WAL_PUSH '", "42601"),
         ] {
             let refused = parse(text).expect_err(text);

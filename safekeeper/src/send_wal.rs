@@ -30,8 +30,12 @@
 //! A timeline is shown only once commit_lsn is beyond its begin: a standby that followed an
 //! earlier sign of it might follow a promotion that dies.
 //!
-//! Replication slots are not kept yet; a SLOT clause is answered as for one that does not exist.
+//! WAL that has been removed here is relayed from a peer that still has it (relay.rs).
+//!
+//! A consumer with a slot moves it by its reports (slots.rs). When the slot is lost, because its WAL
+//! was more than may be kept, the stream ends as a primary ends it: by a signal, it seems.
 
+use std::ops::Range;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -39,7 +43,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use safekeeper_client::wal_client::TimelineEnd;
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::PAGE_SIZE;
-use safekeeper_wire::pgwire::{ColumnType, ConnectionError, ErrorReport, Filled, Wait, closed};
+use safekeeper_wire::pgwire::{
+    ColumnType, ConnectionError, ErrorReport, Filled, Output, Wait, closed,
+};
 use safekeeper_wire::standby_message::{
     STANDBY_MESSAGE_LEN_MAX, StandbyMessage, decode_standby_message, invalid_tag, postgres_time,
 };
@@ -47,7 +53,9 @@ use safekeeper_wire::standby_message::{
 use crate::connection::{Connection, STALL_TIMEOUT};
 use crate::consumers::{Attached, ConsumerState};
 use crate::keeper::{Keeper, Reader};
-use crate::replication_command::ReplicationCommand;
+use crate::relay::{self, Relay};
+use crate::replication_command::{ReplicationCommand, not_a_command};
+use crate::slots::{Acquired, Holder, SlotLimit};
 
 /// Most WAL in one message, in bytes (`MAX_SEND_SIZE`): sixteen pages.
 const SEND_LEN_MAX: u64 = 16 * PAGE_SIZE as u64;
@@ -108,27 +116,35 @@ pub fn run_command(
             ]);
             output.command_complete("TIMELINE_HISTORY");
         }
-        ReplicationCommand::ReadReplicationSlot(_) => {
-            // What a primary answers for a slot that does not exist.
-            output.one_row(&[
-                ("slot_type", ColumnType::Text, None),
-                ("restart_lsn", ColumnType::Text, None),
-                ("restart_tli", ColumnType::Int8, None),
-            ]);
-            output.command_complete("READ_REPLICATION_SLOT");
+        ReplicationCommand::ReadReplicationSlot(slot) => read_slot(output, keeper, &slot)?,
+        ReplicationCommand::CreateReplicationSlot {
+            slot,
+            temporary,
+            reserve_wal,
+        } => create_slot(connection, keeper, &slot, temporary, reserve_wal)?,
+        ReplicationCommand::DropReplicationSlot { slot, wait } => {
+            let id = connection.id();
+            let is_there = || connection.is_peer_there();
+            let dropped = keeper.slots.drop_slot(&slot, id, wait, is_there);
+            dropped.map_err(ConnectionError::Command)?;
+            keeper.consumers.gather_feedback();
+            log::info!(
+                "replication slot dropped slot={slot} cluster={}",
+                keeper.cluster().name
+            );
+            connection.output.command_complete("DROP_REPLICATION_SLOT");
         }
-        ReplicationCommand::CreateReplicationSlot => {
-            return Err(command_error(
-                "0A000",
-                "replication slots are not supported by this version of safekeeper",
-            ));
-        }
-        ReplicationCommand::DropReplicationSlot(slot) => return Err(no_such_slot(&slot)),
+        ReplicationCommand::AlterReplicationSlot(slot) => return Err(alter_slot(keeper, &slot)),
         ReplicationCommand::StartReplication {
-            slot: Some(slot), ..
-        } => return Err(no_such_slot(&slot)),
-        ReplicationCommand::StartReplication { start_lsn, tli, .. } => {
-            return start_replication(connection, keeper, start_lsn, tli);
+            slot,
+            start_lsn,
+            tli,
+        } => {
+            let holder = holder(connection);
+            let acquire = |slot: &String| keeper.slots.acquire(slot, &holder);
+            let slot = slot.as_ref().map(acquire).transpose();
+            let slot = slot.map_err(ConnectionError::Command)?;
+            return start_replication(connection, keeper, slot, start_lsn, tli);
         }
         ReplicationCommand::StartWalPush => {
             unreachable!("dealt with by the caller")
@@ -141,11 +157,95 @@ fn command_error(sqlstate: &'static str, message: impl Into<String>) -> Connecti
     ConnectionError::Command(ErrorReport::new(sqlstate, message))
 }
 
-fn no_such_slot(slot: &str) -> ConnectionError {
-    command_error(
-        "42704",
-        format!("replication slot \"{slot}\" does not exist"),
-    )
+/// NULLs for a slot that does not exist, and where nothing is reserved.
+fn read_slot(output: &mut Output, keeper: &Keeper, slot: &str) -> Result<(), ConnectionError> {
+    let found = keeper.slots.read(slot).map_err(ConnectionError::Command)?;
+    let restart_lsn = found.and_then(|slot| slot.restart_lsn);
+    let tli = restart_lsn.map(|lsn| {
+        let tli = keeper.view().tli_of(lsn, keeper.commit_lsn());
+        tli.to_string()
+    });
+    let restart_lsn = restart_lsn.map(|lsn| lsn.to_string());
+    let bytes = |text: &'static str| found.map(|_| text.as_bytes());
+    output.one_row(&[
+        ("slot_type", ColumnType::Text, bytes("physical")),
+        (
+            "restart_lsn",
+            ColumnType::Text,
+            restart_lsn.as_deref().map(str::as_bytes),
+        ),
+        (
+            "restart_tli",
+            ColumnType::Int8,
+            tli.as_deref().map(str::as_bytes),
+        ),
+    ]);
+    output.command_complete("READ_REPLICATION_SLOT");
+    Ok(())
+}
+
+fn create_slot(
+    connection: &mut Connection,
+    keeper: &Keeper,
+    slot: &str,
+    temporary: bool,
+    reserve_wal: bool,
+) -> Result<(), ConnectionError> {
+    let limit = SlotLimit {
+        max: connection.shared.config.max_replication_slots,
+        pg_major: keeper.cluster().pg_major,
+    };
+    let restart_lsn = reserve_wal.then(|| keeper.reservable_lsn());
+    keeper
+        .slots
+        .create(slot, &holder(connection), temporary, restart_lsn, limit)
+        .map_err(ConnectionError::Command)?;
+    log::info!(
+        "replication slot made slot={slot} temporary={temporary} cluster={} restart_lsn={} from={}",
+        keeper.cluster().name,
+        restart_lsn.unwrap_or(Lsn::INVALID),
+        connection.peer()
+    );
+    // A physical slot has no point that is consistent, and the same 0/0 on a primary.
+    connection.output.one_row(&[
+        ("slot_name", ColumnType::Text, Some(slot.as_bytes())),
+        ("consistent_point", ColumnType::Text, Some(b"0/0")),
+        ("snapshot_name", ColumnType::Text, None),
+        ("output_plugin", ColumnType::Text, None),
+    ]);
+    connection
+        .output
+        .command_complete("CREATE_REPLICATION_SLOT");
+    Ok(())
+}
+
+/// There are no logical slots here, and before 17 there was no such command.
+fn alter_slot(keeper: &Keeper, slot: &str) -> ConnectionError {
+    if keeper.cluster().pg_major < 17 {
+        return ConnectionError::Command(not_a_command());
+    }
+    match keeper.slots.read(slot) {
+        Err(report) => ConnectionError::Command(report),
+        Ok(None) => command_error(
+            "42704",
+            format!("replication slot \"{slot}\" does not exist"),
+        ),
+        Ok(Some(_)) => command_error(
+            "0A000",
+            "cannot use ALTER_REPLICATION_SLOT with a physical replication slot",
+        ),
+    }
+}
+
+fn holder(connection: &Connection) -> Holder {
+    Holder {
+        connection_id: connection.id(),
+        description: format!(
+            "{} at {}",
+            connection.startup.application_name,
+            connection.peer()
+        ),
+    }
 }
 
 /// The settings that consumers ask for, as a primary would show them.
@@ -160,6 +260,8 @@ fn setting(keeper: &Keeper, name: &str) -> Option<String> {
                 format!("{mib}MB")
             }
         }
+        "wal_level" => "replica".into(),
+        "TimeZone" | "timezone" => "UTC".into(),
         "data_directory_mode" => "0700".into(),
         "server_version" => format!("{}.0", cluster.pg_major),
         "server_version_num" => format!("{}0000", cluster.pg_major),
@@ -174,6 +276,7 @@ fn setting(keeper: &Keeper, name: &str) -> Option<String> {
 fn start_replication(
     connection: &mut Connection,
     keeper: &Keeper,
+    slot: Option<Acquired<'_>>,
     start_lsn: Lsn,
     tli: Option<Tli>,
 ) -> Result<(), ConnectionError> {
@@ -219,7 +322,10 @@ fn start_replication(
     let mut sender = Sender {
         keeper,
         attached,
+        slot,
         reader: keeper.reader(),
+        relay: None,
+        tried_peers: Vec::new(),
         tli,
         end,
         sent_lsn: start_lsn,
@@ -295,7 +401,12 @@ fn finish(connection: &mut Connection, end: Option<TimelineEnd>) {
 struct Sender<'a> {
     keeper: &'a Keeper,
     attached: Attached<'a>,
+    slot: Option<Acquired<'a>>,
     reader: Reader,
+    /// Where WAL comes from that is not here any more.
+    relay: Option<Relay>,
+    /// Those who were asked for such WAL.
+    tried_peers: Vec<String>,
     tli: Tli,
     /// Where the timeline being streamed ends; none while it is the newest.
     end: Option<TimelineEnd>,
@@ -321,7 +432,10 @@ impl Sender<'_> {
             if self.may_have_replied {
                 self.take_replies(connection)?;
             }
-            let caught_up = self.send_some(connection)?;
+            let sent = self.send_some(connection);
+            // When its WAL has just been removed, this comes first.
+            self.look_after_slot()?;
+            let caught_up = sent?;
             self.look_after_time(connection)?;
             connection.send()?;
             self.may_have_replied = true;
@@ -330,6 +444,17 @@ impl Sender<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Whoever lost its slot has lost its WAL, soon if not yet.
+    fn look_after_slot(&self) -> Result<(), ConnectionError> {
+        match &self.slot {
+            Some(slot) if slot.is_lost() => Err(ConnectionError::Fatal(ErrorReport::new(
+                "57P01",
+                "terminating connection due to administrator command",
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// The next message of WAL, if there is any to send. True if there is no more for now.
@@ -357,9 +482,49 @@ impl Sender<'_> {
             self.attached.update(|p| p.state = ConsumerState::Streaming);
             return Ok(true);
         }
+        let oldest_lsn = self.keeper.oldest_lsn();
+        if self.sent_lsn < oldest_lsn && self.relay_some(connection, oldest_lsn, limit)? {
+            return Ok(false);
+        }
         let end_lsn = send_end(self.sent_lsn, limit);
         self.send_wal(connection, end_lsn, limit)?;
         Ok(end_lsn == commit_lsn)
+    }
+
+    /// The same with WAL that only a peer has, up to where the own begins. False if none has it.
+    fn relay_some(
+        &mut self,
+        connection: &mut Connection,
+        oldest_lsn: Lsn,
+        limit: Lsn,
+    ) -> Result<bool, ConnectionError> {
+        let range = self.sent_lsn..limit.min(oldest_lsn);
+        let relay = self.relay.take().or_else(|| {
+            let relays = relay::is_relayed(&connection.startup.application_name);
+            relays.then(|| Relay::open(self.keeper, self.tli, &range, &mut self.tried_peers))?
+        });
+        let Some(mut relay) = relay else {
+            return Ok(false);
+        };
+        match relayed_end(&relay.range(), range.end) {
+            Some(end_lsn) => {
+                let wal = relay.take(end_lsn);
+                self.keeper
+                    .metrics
+                    .relayed_wal_bytes
+                    .inc_by(wal.len() as u64);
+                connection.output.copy_data(|out| {
+                    put_wal_header(range.start, limit, out);
+                    out.extend_from_slice(&wal);
+                });
+                self.note_sent(end_lsn, limit);
+            }
+            // The next one is asked for the rest.
+            None if !relay.wait_for_more() => return Ok(true),
+            None => {}
+        }
+        self.relay = Some(relay);
+        Ok(true)
     }
 
     fn send_wal(
@@ -368,6 +533,7 @@ impl Sender<'_> {
         end_lsn: Lsn,
         limit: Lsn,
     ) -> Result<(), ConnectionError> {
+        (self.relay, self.tried_peers) = (None, Vec::new());
         let begin = self.sent_lsn;
         let len = usize::try_from(end_lsn - begin).expect("a message's worth");
         if self.wal.len() < len {
@@ -375,14 +541,17 @@ impl Sender<'_> {
         }
         let wal = &mut self.wal[..len];
         self.keeper.read_committed(&mut self.reader, begin, wal)?;
-        connection.output.copy_data_begin(len, |out| {
-            out.push(b'w');
-            out.extend_from_slice(&begin.0.to_be_bytes());
-            out.extend_from_slice(&limit.0.to_be_bytes());
-            out.extend_from_slice(&postgres_time().to_be_bytes());
-        });
+        connection
+            .output
+            .copy_data_begin(len, |out| put_wal_header(begin, limit, out));
         connection.send_with(wal)?;
-        self.keeper.metrics.sent_wal_bytes.inc_by(len as u64);
+        self.note_sent(end_lsn, limit);
+        Ok(())
+    }
+
+    fn note_sent(&mut self, end_lsn: Lsn, limit: Lsn) {
+        let len = end_lsn - self.sent_lsn;
+        self.keeper.metrics.sent_wal_bytes.inc_by(len);
         self.sent_lsn = end_lsn;
         self.attached.update(|p| {
             p.sent_lsn = end_lsn;
@@ -390,7 +559,6 @@ impl Sender<'_> {
                 p.state = ConsumerState::Streaming;
             }
         });
-        Ok(())
     }
 
     /// Everything the consumer has said, without waiting.
@@ -437,6 +605,10 @@ impl Sender<'_> {
             } => {
                 // A position beyond what was sent is no report of ours to rely on.
                 let known = |lsn: Lsn| lsn.min(self.sent_lsn);
+                // First: what the slot does not keep yet, the connection still does.
+                if let Some(slot) = &self.slot {
+                    slot.flushed(known(flush_lsn));
+                }
                 self.attached.report(|p| {
                     p.write_lsn = known(write_lsn);
                     p.flush_lsn = known(flush_lsn);
@@ -445,6 +617,9 @@ impl Sender<'_> {
                 Ok(reply_requested)
             }
             StandbyMessage::Feedback { xmin, catalog_xmin } => {
+                if let Some(slot) = &self.slot {
+                    slot.needs_transactions(xmin, catalog_xmin);
+                }
                 self.attached.report(|p| {
                     p.xmin = xmin;
                     p.catalog_xmin = catalog_xmin;
@@ -518,6 +693,23 @@ impl Sender<'_> {
     }
 }
 
+fn put_wal_header(begin: Lsn, known_end: Lsn, out: &mut Vec<u8>) {
+    out.push(b'w');
+    out.extend_from_slice(&begin.0.to_be_bytes());
+    out.extend_from_slice(&known_end.0.to_be_bytes());
+    out.extend_from_slice(&postgres_time().to_be_bytes());
+}
+
+/// How far WAL of a peer can be sent of which `here` has come, if all up to `end` is wanted: as own WAL is,
+/// and to a page boundary while there is more to come. None: not at all yet.
+fn relayed_end(here: &Range<Lsn>, end: Lsn) -> Option<Lsn> {
+    let limit = match here.end < end {
+        true => here.end.segment_start(PAGE_SIZE),
+        false => end,
+    };
+    (limit > here.start).then(|| send_end(here.start, limit))
+}
+
 /// Where a message that begins at `begin` ends, if WAL up to `limit` may be sent: there, or at the
 /// last page boundary that is not too far.
 fn send_end(begin: Lsn, limit: Lsn) -> Lsn {
@@ -530,6 +722,24 @@ fn send_end(begin: Lsn, limit: Lsn) -> Lsn {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_a_peer_sends_is_passed_on_by_pages() {
+        for (begin, here, end, sent) in [
+            (0, 100, 1000, None),
+            (0, 8191, 100_000, None),
+            (0, 8192, 100_000, Some(8192)),
+            (8000, 8192 + 50, 100_000, Some(8192)),
+            (8192, 8192 + 50, 100_000, None),
+            (0, 100_000, 8192, Some(8192)),
+            (0, 1000, 1000, Some(1000)),
+            (1000, 1000, 1000, None),
+            (0, 10 * SEND_LEN_MAX, 10 * SEND_LEN_MAX, Some(SEND_LEN_MAX)),
+        ] {
+            let found = relayed_end(&(Lsn(begin)..Lsn(here)), Lsn(end));
+            assert_eq!(found, sent.map(Lsn), "{begin}..{here} of {end}");
+        }
+    }
 
     #[test]
     fn messages_end_at_pages_unless_at_the_end() {

@@ -4,7 +4,7 @@
 //! |----------------|---------------------------------------------------|---------------------------------|
 //! | `accept`       | accepts connections                               | the listening socket is shut    |
 //! | `conn ADDRESS` | serves one proposer or consumer                   | the peer leaves, or its socket is shut |
-//! | `housekeeping` | persists commit_lsn, removes WAL, once a second   | told to                         |
+//! | `housekeeping` | persists commit_lsn and slots, removes WAL, once a second   | told to                         |
 //! | `http`         | metrics and status (http.rs)                      | told to                         |
 //!
 //! [`Server::stop`] ends them in this order: no new connections; those that are there see the end
@@ -28,8 +28,8 @@ use crate::descriptors;
 use crate::disk::StorageError;
 use crate::http::HttpServer;
 use crate::identity::DataDir;
-use crate::keeper::Retention;
 use crate::metrics::Metrics;
+use crate::retention::Retention;
 
 /// How far commit_lsn in the control file lags behind at most.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(1);
@@ -194,6 +194,7 @@ impl Server {
         join(self.housekeeping);
         for keeper in shared.clusters.keepers() {
             keeper.persist_commit_lsn();
+            keeper.slots.save_or_warn();
         }
         self.http.stop();
         log::info!("stopped");
@@ -309,10 +310,9 @@ fn housekeep(shared: &Shared) {
     let retention = Retention {
         wal_keep_size: shared.config.wal_keep_size,
         max_wal_keep: shared.config.max_wal_keep,
+        min_free_space: shared.config.min_free_space,
     };
     while !shared.wait_until(HOUSEKEEPING_INTERVAL, |_| shared.is_stopping()) {
-        for keeper in shared.clusters.keepers() {
-            keeper.housekeep(retention);
-        }
+        shared.clusters.housekeep(&retention);
     }
 }

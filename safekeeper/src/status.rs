@@ -9,7 +9,9 @@
 //!      "write_lsn":"0/1000100", "flush_lsn":…, "commit_lsn":…, "oldest_lsn":…,
 //!      "proposer":"10.0.0.5:40112",
 //!      "standbys":[{"application_name":…, "address":…, "state":"streaming", "sent_lsn":…, …}],
-//!      "error":null}]}
+//!      "slots":[{"slot_name":…, "temporary":false, "active":true, "active_by":…, "restart_lsn":…,
+//!                "xmin":…, "catalog_xmin":…, "wal_status":"reserved"}], "slots_error":null,
+//!      "over_bound":null, "error":null}]}
 //! ```
 //!
 //! Positions are text as Postgres prints them; 64-bit identifiers are text too, since JSON's
@@ -61,6 +63,14 @@ pub struct ClusterStatus {
     /// Address of the elected proposer, while it is connected.
     pub proposer: Option<String>,
     pub standbys: Vec<StandbyStatus>,
+    #[serde(default)]
+    pub slots: Vec<SlotStatus>,
+    /// Why the slots are not known.
+    #[serde(default)]
+    pub slots_error: Option<String>,
+    /// Setting by which WAL is being removed that somebody needs.
+    #[serde(default)]
+    pub over_bound: Option<String>,
     /// Appends refused since the start because their WAL is damaged.
     pub damaged_appends: u64,
     /// Why the cluster is not served.
@@ -154,6 +164,22 @@ pub struct StandbyStatus {
     pub apply_lsn: LsnText,
 }
 
+/// As `pg_replication_slots` has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SlotStatus {
+    pub slot_name: String,
+    pub temporary: bool,
+    pub active: bool,
+    /// Application and address.
+    pub active_by: Option<String>,
+    pub restart_lsn: Option<LsnText>,
+    pub xmin: Option<u32>,
+    pub catalog_xmin: Option<u32>,
+    /// `reserved` within wal_keep_size, `extended` beyond it, `lost` for ever; none while nothing is
+    /// reserved.
+    pub wal_status: Option<String>,
+}
+
 /// The table of `safekeeper status`: one line a cluster, and one for each standby below it.
 pub fn status_table(statuses: &[(String, Status)]) -> String {
     let mut rows = vec![row([
@@ -189,6 +215,31 @@ pub fn status_table(statuses: &[(String, Status)]) -> String {
                     standby.flush_lsn.0,
                     standby.apply_lsn.0
                 );
+            }
+            for slot in &cluster.slots {
+                let restart_lsn = slot.restart_lsn.map(|lsn| lsn.0.to_string());
+                let xmin = slot.xmin.map(|xmin| xmin.to_string());
+                let _ = writeln!(
+                    notes,
+                    "{address}: cluster {}: slot {}{}, {}, {}: restart {}, xmin {}",
+                    cluster.label(),
+                    slot.slot_name,
+                    if slot.temporary { " (temporary)" } else { "" },
+                    if slot.active { "active" } else { "inactive" },
+                    slot.wal_status.as_deref().unwrap_or("nothing reserved"),
+                    restart_lsn.as_deref().unwrap_or("-"),
+                    xmin.as_deref().unwrap_or("-")
+                );
+            }
+            let problems = [
+                ("slots are not known", &cluster.slots_error),
+                ("WAL is removed that is needed, over", &cluster.over_bound),
+            ];
+            for (problem, why) in problems {
+                if let Some(why) = why {
+                    let label = cluster.label();
+                    let _ = writeln!(notes, "{address}: cluster {label}: {problem}: {why}");
+                }
             }
             if let Some(error) = &cluster.error {
                 let _ = writeln!(

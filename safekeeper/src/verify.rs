@@ -1,6 +1,6 @@
 //! `verify`: reads everything in a data directory and says what is wrong with it.
 //!
-//! Checked, for each cluster: the control file; that no segment is missing between the first and
+//! Checked, for each cluster: the control file and the slot file; that no segment is missing between the first and
 //! the last, and each has its full size; every page and record from the first segment to the end,
 //! with the chain and the checksums; that the end is not below `commit_lsn`; timeline history
 //! files; that copies of a segment on an older timeline agree with the newer one.
@@ -22,6 +22,7 @@ use crate::disk::{Disk, RealDisk, StorageError};
 use crate::identity::{DataDirError, Identity, read_identity};
 use crate::recovery::LogReader;
 use crate::segment::{SegmentDir, SegmentId, Timelines, wal_format};
+use crate::slot_file::read_slots;
 use crate::timeline_files::TimelineFiles;
 
 /// What was found in a data directory.
@@ -98,6 +99,9 @@ fn verify_cluster(disk: &Arc<dyn Disk>, system_id: u64) -> ClusterReport {
     };
     report.name = state.cluster.name.clone();
     report.commit_lsn = state.commit_lsn;
+    if let Err(error) = read_slots(disk.as_ref(), system_id) {
+        report.problems.push(error.to_string());
+    }
     if let Err(error) = verify_wal(disk, &state, &mut report) {
         report.problems.push(error.to_string());
     }

@@ -41,6 +41,24 @@ impl View {
         shown.or(entries.first()).map_or(Tli(1), |entry| entry.tli)
     }
 
+    /// Of which timeline a position is, in the history of the newest that may be shown; a switch
+    /// belongs to the newer one (`tliOfPointInHistory`).
+    pub fn tli_of(&self, lsn: Lsn, commit_lsn: Lsn) -> Tli {
+        let newest = self.newest_tli(commit_lsn);
+        let known = self.timeline_file(newest).and_then(|file| {
+            let text = str::from_utf8(&file.content).ok()?;
+            TimelineHistory::parse(newest.0, text).ok()
+        });
+        match known {
+            Some(history) => {
+                let mut ancestors = history.ancestors.iter();
+                let found = ancestors.find(|ancestor| lsn < ancestor.end_lsn);
+                found.map_or(newest, |ancestor| Tli(ancestor.tli))
+            }
+            None => self.state.history.tli_at(lsn).unwrap_or(newest).min(newest),
+        }
+    }
+
     /// All history files, the newest first.
     pub fn timeline_files(&self) -> &[TimelineFile] {
         &self.timeline_files
@@ -211,6 +229,26 @@ mod tests {
                 "{commit_lsn:#x}"
             );
         }
+    }
+
+    #[test]
+    fn a_switch_belongs_to_the_newer_timeline() {
+        for with_file in [true, false] {
+            let view = view(with_file);
+            for (lsn, commit_lsn, tli) in [
+                (0x50, 0x999, 2),
+                (0xFF, 0x999, 2),
+                (0x100, 0x999, 5),
+                (0x1FF, 0x999, 5),
+                (0x200, 0x999, 6),
+                (0x300, 0x999, 6),
+                (0x200, 0x200, 5),
+            ] {
+                let found = view.tli_of(Lsn(lsn), Lsn(commit_lsn));
+                assert_eq!(found, Tli(tli), "{lsn:#x} at {commit_lsn:#x}, {with_file}");
+            }
+        }
+        assert_eq!(view(true).tli_of(Lsn(0x1F), Lsn(0x999)), Tli(1));
     }
 
     #[test]

@@ -7,7 +7,7 @@
 use std::path::Path;
 use std::time::Duration;
 
-use proptest::collection::vec;
+use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
@@ -15,6 +15,7 @@ use safekeeper::config::Config;
 use safekeeper::control_file;
 use safekeeper::identity::{self, Identity};
 use safekeeper::replication_command::{ReplicationCommand, parse};
+use safekeeper::slot_file::{self, SlotData};
 use safekeeper_protocol::{
     AcceptorState, ClusterIdentity, Incarnation, Lsn, MemberId, Term, TermEntry, TermHistory, Tli,
 };
@@ -122,6 +123,36 @@ proptest! {
     fn no_text_is_more_than_refused(text in "\\PC{0,60}") {
         let _ = parse(&text);
         let _ = parse(&format!("START_REPLICATION {text}"));
+        let _ = parse(&format!("CREATE_REPLICATION_SLOT {text}"));
+        let _ = parse(&format!("CREATE_REPLICATION_SLOT s PHYSICAL ({text}"));
+    }
+
+    #[test]
+    fn a_slot_is_made_as_it_was_written(
+        slot in "[ -~é]{0,20}", temporary in any::<bool>(), reserve_wal in option::of(any::<bool>()),
+        in_brackets in any::<bool>(),
+    ) {
+        let options = match (reserve_wal, in_brackets) {
+            (Some(value), true) => format!("(RESERVE_WAL {value})"),
+            (Some(true), false) => "RESERVE_WAL".to_owned(),
+            _ => String::new(),
+        };
+        let kind = if temporary { "TEMPORARY PHYSICAL" } else { "PHYSICAL" };
+        let quoted = slot.replace('"', "\"\"");
+        let text = format!("CREATE_REPLICATION_SLOT \"{quoted}\" {kind} {options}");
+        let reserve_wal = reserve_wal.unwrap_or(false);
+        let command = ReplicationCommand::CreateReplicationSlot { slot, temporary, reserve_wal };
+        prop_assert_eq!(parse(&text), Ok(command), "{}", text);
+    }
+
+    #[test]
+    fn slots_survive_their_file_and_no_flipped_bit_does(slots in slots(), bit in any::<Index>()) {
+        let path = Path::new("slots");
+        let mut bytes = slot_file::encode(&slots);
+        prop_assert_eq!(slot_file::decode(&bytes, path).ok(), Some(slots));
+        let bit = bit.index(bytes.len() * 8);
+        bytes[bit / 8] ^= 1 << (bit % 8);
+        prop_assert!(slot_file::decode(&bytes, path).is_err());
     }
 
     #[test]
@@ -169,6 +200,22 @@ fn opening(packet: &[u8]) -> Result<Option<Opening>, ErrorReport> {
     });
     assert!(matches!(filled, Ok(Filled::Some)));
     next_opening(&mut input)
+}
+
+fn slots() -> impl Strategy<Value = Vec<SlotData>> {
+    let slot = (any::<bool>(), 1u64.., any::<[u64; 2]>());
+    btree_map("[a-z0-9_]{1,63}", slot, 0..10).prop_map(|slots| {
+        let slots = slots
+            .into_iter()
+            .map(|(name, (lost, lsn, [xmin, catalog_xmin]))| SlotData {
+                name,
+                restart_lsn: Lsn(if lost { 0 } else { lsn }),
+                xmin,
+                catalog_xmin,
+                lost,
+            });
+        slots.collect()
+    })
 }
 
 fn state() -> impl Strategy<Value = AcceptorState> {

@@ -10,6 +10,8 @@ mod fault_disk;
 mod log;
 #[path = "durability/power.rs"]
 mod power;
+#[path = "durability/slots.rs"]
+mod slots;
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
@@ -23,8 +25,9 @@ use safekeeper::control_file::{ControlFile, read_state};
 use safekeeper::disk::Disk;
 use safekeeper::dump::dump;
 use safekeeper::identity::Identity;
-use safekeeper::keeper::{Keeper, PushError, Retention};
+use safekeeper::keeper::{Keeper, PushError};
 use safekeeper::metrics::Metrics;
+use safekeeper::retention::{Retention, Space};
 use safekeeper::verify::verify;
 use safekeeper::wal_reader::ReadError;
 use safekeeper::wal_storage::{OpenError, TruncateError, WalStorage, WriteError};
@@ -534,10 +537,12 @@ fn who_wants_the_keeper_need_not_wait_for_all_old_wal_to_be_removed() {
     faults.dir_sync_ms.store(10, Ordering::SeqCst);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            keeper.housekeep(Retention {
+            let retention = Retention {
                 wal_keep_size: 0,
                 max_wal_keep: Some(SEGMENT),
-            });
+                min_free_space: 0,
+            };
+            keeper.housekeep(&retention, Space::Enough);
         });
         wait_for("removal to begin", || n_removed() > before);
         let turn = keeper.take_turn();

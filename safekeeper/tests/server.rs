@@ -4,6 +4,10 @@
 mod client;
 #[path = "server/fetch_wal.rs"]
 mod fetch_wal;
+#[path = "server/retention.rs"]
+mod retention;
+#[path = "server/slots.rs"]
+mod slots;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};
@@ -30,9 +34,13 @@ impl Daemon {
     }
 
     fn with(change: impl FnOnce(&mut Config)) -> Daemon {
+        Daemon::member(1, change)
+    }
+
+    fn member(id: u64, change: impl FnOnce(&mut Config)) -> Daemon {
         let dir = tempfile::tempdir().expect("a directory");
         let incarnation = random_incarnation().expect("random bytes");
-        DataDir::init(&dir.path().join("d"), MemberId(1), incarnation).expect("initialized");
+        DataDir::init(&dir.path().join("d"), MemberId(id), incarnation).expect("initialized");
         let mut config = Config {
             listen: "127.0.0.1:0".into(),
             http: "127.0.0.1:0".into(),

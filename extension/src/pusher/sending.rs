@@ -172,6 +172,7 @@ impl Pusher {
             lag,
             told_lsn,
             told_ms,
+            standby_xmins: _,
         } = &mut self.members[at];
         let Append { begin_lsn, len, .. } = *append;
         let (wal, origins) = match place {

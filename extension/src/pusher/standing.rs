@@ -4,6 +4,7 @@ use safekeeper_protocol::PeerIdx;
 
 use super::Pusher;
 use crate::slot::{Slot, position_to_keep};
+use crate::standby_xmin::{Xmins, to_hold};
 use crate::{postgres, settings, shmem};
 
 /// The replication slot is moved, or tried for, this often at most.
@@ -33,6 +34,25 @@ impl Pusher {
         // The quorum may have more than the local disk does: after a crash WAL begins no later than that
         // ends.
         slot.advance(keep.min(postgres::flushed_lsn()));
+        self.hold_transactions(now_ms);
+    }
+
+    /// For standbys behind the members.
+    fn hold_transactions(&mut self, now_ms: u64) {
+        for (at, member) in self.members.iter_mut().enumerate() {
+            let peer = PeerIdx(at);
+            let follows = self.proposer.next_lsn(peer).is_some();
+            let said = follows.then(|| self.proposer.peer_status(peer).feedback);
+            let xmins = said.map(|feedback| Xmins {
+                xmin: feedback.xmin,
+                catalog_xmin: feedback.catalog_xmin,
+            });
+            member.standby_xmins.note(xmins, now_ms);
+        }
+        let members = self.members.iter().map(|member| &member.standby_xmins);
+        if let (Some(slot), Some(xmins)) = (&mut self.slot, to_hold(members, now_ms)) {
+            slot.hold_transactions(xmins);
+        }
     }
 
     fn acquire_slot(&mut self) {

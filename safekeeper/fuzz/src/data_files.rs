@@ -7,7 +7,8 @@
 use std::path::Path;
 
 use allocation_counter::measure;
-use safekeeper::{control_file, identity};
+use safekeeper::slot_file::SlotData;
+use safekeeper::{control_file, identity, slot_file};
 use safekeeper_protocol::{
     AcceptorState, ClusterIdentity, Configuration, ConfigurationVersion, Incarnation, Lineage, Lsn,
     Member, MemberId, Term, TermEntry, TermHistory, Tli,
@@ -16,6 +17,7 @@ use safekeeper_protocol::{
 /// Head and total length of a control file, as control_file.rs has them.
 const CONTROL_HEAD: &[u8] = b"SKCTRL\r\n\0\0\0\x01";
 const CONTROL_LEN: usize = 128 * 1024;
+const SLOTS_HEAD: &[u8] = b"SKSLOTS\n\0\0\0\x01";
 const IDENTITY_HEAD: &[u8] = b"SKIDENT\n\0\0\0\x01";
 
 /// What is decoded takes at most so many times the bytes of its file, errors with their texts
@@ -25,7 +27,9 @@ const HEAP_OF_ERROR: u64 = 1024;
 
 pub fn check(input: &[u8]) {
     check_control_file(input);
-    check_control_file(&control_file_with(input));
+    check_control_file(&file_with(CONTROL_HEAD, input, CONTROL_LEN));
+    check_slot_file(input);
+    check_slot_file(&file_with(SLOTS_HEAD, input, slot_file::FILE_LEN));
     check_identity(input);
     let short = &input[..input.len().min(24)];
     check_identity(&with_checksum([IDENTITY_HEAD, short].concat()));
@@ -41,6 +45,19 @@ fn check_control_file(bytes: &[u8]) {
         let mut flipped = bytes.to_vec();
         flip_some_bit(&mut flipped);
         assert!(control_file::decode(&flipped, path).is_err());
+    }
+}
+
+fn check_slot_file(bytes: &[u8]) {
+    let path = Path::new("slots");
+    let mut decoded = None;
+    let heap = measure(|| decoded = Some(slot_file::decode(bytes, path))).bytes_max;
+    assert!(heap <= HEAP_PER_BYTE * bytes.len() as u64 + HEAP_OF_ERROR);
+    if let Some(Ok(slots)) = decoded {
+        assert!(slot_file::encode(&slots) == bytes, "{slots:?}");
+        let mut flipped = bytes.to_vec();
+        flip_some_bit(&mut flipped);
+        assert!(slot_file::decode(&flipped, path).is_err());
     }
 }
 
@@ -61,13 +78,13 @@ fn flip_some_bit(bytes: &mut [u8]) {
     bytes[bit / 8] ^= 1 << (bit % 8);
 }
 
-/// A control file whose body is `body`, as far as it has room for it.
-fn control_file_with(body: &[u8]) -> Vec<u8> {
-    let body = &body[..body.len().min(CONTROL_LEN - 20)];
-    let mut bytes = CONTROL_HEAD.to_vec();
+/// A file of `len` bytes whose body is `body`, as far as it has room for it.
+fn file_with(head: &[u8], body: &[u8], len: usize) -> Vec<u8> {
+    let body = &body[..body.len().min(len - 20)];
+    let mut bytes = head.to_vec();
     bytes.extend((body.len() as u32).to_be_bytes());
     bytes.extend(body);
-    bytes.resize(CONTROL_LEN - 4, 0);
+    bytes.resize(len - 4, 0);
     with_checksum(bytes)
 }
 
@@ -76,17 +93,24 @@ fn with_checksum(mut bytes: Vec<u8>) -> Vec<u8> {
     bytes
 }
 
-/// Bodies of control files and of an identity.
+/// Bodies of control files, of slot files and of an identity.
 pub fn seeds() -> Vec<Vec<u8>> {
     let joint = AcceptorState {
         configuration: configuration(Some(2)),
         ..state(3)
     };
-    let body = |state: &AcceptorState| {
-        let bytes = control_file::encode(state);
+    let body_of = |bytes: &[u8]| {
         let len = u32::from_be_bytes([bytes[12], bytes[13], bytes[14], bytes[15]]);
         bytes[16..16 + len as usize].to_vec()
     };
+    let body = |state: &AcceptorState| body_of(&control_file::encode(state));
+    let slots = [("a", 0), ("standby_1", 0x123_4568)].map(|(name, restart_lsn)| SlotData {
+        name: name.to_owned(),
+        restart_lsn: Lsn(restart_lsn),
+        xmin: 1 << 32 | 700,
+        catalog_xmin: 0,
+        lost: restart_lsn == 0,
+    });
     let identity = identity::encode(&identity::Identity {
         id: MemberId(7),
         incarnation: Incarnation(u128::MAX / 3),
@@ -95,6 +119,8 @@ pub fn seeds() -> Vec<Vec<u8>> {
         body(&state(0)),
         body(&state(5)),
         body(&joint),
+        body_of(&slot_file::encode(&[])),
+        body_of(&slot_file::encode(&slots)),
         identity[IDENTITY_HEAD.len()..36].to_vec(),
         identity,
     ]

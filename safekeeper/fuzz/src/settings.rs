@@ -5,7 +5,8 @@
 //! must survive being told again, and show as a table.
 
 use safekeeper::config::Config;
-use safekeeper::status::{ClusterStatus, Status, members_table, status_table};
+use safekeeper::status::{ClusterStatus, LsnText, SlotStatus, Status, members_table, status_table};
+use safekeeper_protocol::Lsn;
 
 pub fn check(input: &[u8]) {
     let Ok(text) = std::str::from_utf8(input) else {
@@ -61,15 +62,31 @@ trust_network = true
 max_connections = 7
 wal_keep_size = "2MB"
 max_wal_keep = "64 GB"
+min_free_space = "256MB"
+max_replication_slots = 5
 wal_sender_timeout = "90s"
 log_format = "json"
 log_level = "debug"
 "#;
+    let slot = SlotStatus {
+        slot_name: "standby1".to_owned(),
+        temporary: false,
+        active: true,
+        active_by: Some("standby1 at 10.0.0.5:40112".to_owned()),
+        restart_lsn: Some(LsnText(Lsn(0x123_4568))),
+        xmin: Some(700),
+        catalog_xmin: None,
+        wal_status: Some("reserved".to_owned()),
+    };
     let status = Status {
         id: 1,
         incarnation: "ab".to_owned(),
         version: "0.1.0".to_owned(),
-        clusters: vec![ClusterStatus::default()],
+        clusters: vec![ClusterStatus {
+            slots: vec![slot],
+            over_bound: Some("max_wal_keep".to_owned()),
+            ..ClusterStatus::default()
+        }],
     };
     let json = serde_json::to_string(&status).expect("numbers and text");
     vec![

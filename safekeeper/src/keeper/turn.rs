@@ -68,6 +68,9 @@ impl<'a> Turn<'a> {
         replies: &mut Vec<AcceptorMessage>,
     ) -> Result<(), PushError> {
         self.flush(replies);
+        // The answer speaks for standbys too; and an acceptor that is new knows of none.
+        let feedback = self.keeper.consumers.feedback();
+        self.held.acceptor.set_feedback(feedback);
         let term_before = self.held.acceptor.term();
         let Held {
             acceptor, actions, ..

@@ -371,6 +371,16 @@ impl Proposer {
     }
 
     pub fn configure_first(&mut self, greeting: &AcceptorGreeting) {
+        self.configure_members(vec![Member {
+            id: greeting.member_id,
+            incarnation: greeting.incarnation,
+            host: "localhost".into(),
+            port: 5454,
+        }]);
+    }
+
+    /// In the two steps of a first configuration.
+    pub fn configure_members(&mut self, members: Vec<Member>) {
         for generation in [ConfigurationVersion::PROVISIONAL, 1] {
             self.version = ConfigurationVersion {
                 term: Term(1),
@@ -379,12 +389,7 @@ impl Proposer {
             let configuration = Configuration {
                 lineage: Lineage(1),
                 version: self.version,
-                members: vec![Member {
-                    id: greeting.member_id,
-                    incarnation: greeting.incarnation,
-                    host: "localhost".into(),
-                    port: 5454,
-                }],
+                members: members.clone(),
                 new_members: None,
             };
             let configure = ProposerMessage::Configure(Configure {

@@ -18,8 +18,9 @@ use safekeeper::clusters::{Clusters, Segments, Unknown};
 use safekeeper::control_file::{cluster_dir, read_state, wal_dir};
 use safekeeper::disk::Disk;
 use safekeeper::identity::Identity;
-use safekeeper::keeper::{Keeper, PushError, Reader, Retention, STORAGE_FAILED};
+use safekeeper::keeper::{Keeper, PushError, Reader, STORAGE_FAILED};
 use safekeeper::metrics::Metrics;
+use safekeeper::retention::Retention;
 use safekeeper::segment::Timelines;
 use safekeeper_protocol::codec::{decode_proposer_message, encode_acceptor_message};
 use safekeeper_protocol::{
@@ -182,12 +183,9 @@ impl Node {
         let retention = Retention {
             wal_keep_size,
             max_wal_keep: None,
+            min_free_space: 0,
         };
-        self.run(|process| {
-            for keeper in process.clusters.keepers() {
-                keeper.housekeep(retention);
-            }
-        })
+        self.run(|process| process.clusters.housekeep(&retention))
     }
 
     /// What a consumer would be sent from `begin` on, at most `len` bytes; none if there is
