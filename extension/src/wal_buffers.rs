@@ -9,7 +9,7 @@
 //!
 //! *How far insertion is complete* is found as the server itself finds it before a flush: read how
 //! far room has been reserved, then wait for those among the eight insertion locks whose holders are
-//! still below (`WaitXLogInsertionsToFinish` in `xlog.c`). They copy, no more: it takes a moment.
+//! still below (`WaitXLogInsertionsToFinish` in `xlog.c`). Mostly they copy, no more: it takes a moment.
 //!
 //! *A copy is believed* if the page had the right name (`xlblocks`) before it and after it. Up to
 //! 16, a page that is recycled is zeroed before its name changes; but none is recycled before it
@@ -33,6 +33,9 @@ use safekeeper_wal::{SegmentSize, WalFormat, canonical_end};
 use self::layout::{Addresses, Contents, INSERT_LOCKS, InsertLock, Known, PAGE_SIZE, XLogCtl};
 use crate::local_wal::RecentWal;
 use crate::postgres;
+
+/// Who has so much left to copy, in bytes, is not waited for.
+const WAITED_FOR: u64 = 128 * 1024;
 
 /// The buffers of this server, attached to and checked.
 pub struct WalBuffers {
@@ -107,8 +110,9 @@ impl WalBuffers {
         canonical_end(postgres::insert_lsn(), self.segment_size)
     }
 
-    /// End of the WAL that is complete, all of it: no backend is copying into what lies below. Waits
-    /// for those that are.
+    /// End of the WAL that is complete: no backend is copying into what lies below. Waits for those
+    /// that do, unless one says that it has far to go: it waits for room in the buffers, perhaps for as
+    /// long as the disk takes for a gigabyte.
     pub fn inserted_lsn(&self) -> Lsn {
         let reserved_lsn = self.reserved_lsn();
         let mut inserted_lsn = reserved_lsn;
@@ -127,7 +131,8 @@ impl WalBuffers {
                         &mut inserting_at,
                     )
                 };
-                if is_free || inserting_at >= reserved_lsn.0 {
+                let left = reserved_lsn.0.saturating_sub(inserting_at);
+                if is_free || left == 0 || (inserting_at != 0 && left > WAITED_FOR) {
                     break is_free;
                 }
             };

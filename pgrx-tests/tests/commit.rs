@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use cluster_tests::Cluster;
 use cluster_tests::poll::{SOON, never_within, wait_until};
+use cluster_tests::process::signal_descendant;
 
 #[test]
 fn after_half_a_minute_of_pgbench_the_wal_on_all_three_equals_pg_wal() {
@@ -41,6 +42,25 @@ fn every_flush_wakes_the_worker() {
         cluster.primary.sql("checkpoint");
         cluster.wait_all_caught_up(SOON);
     }
+}
+
+/// Where the log ends with a segment, the next record goes behind a page header that is not there yet:
+/// a worker that begins just then has nothing to wait for.
+#[test]
+fn a_worker_that_begins_where_a_segment_ends_leads() {
+    let cluster = Cluster::start();
+    cluster.primary.sql("create table t (a int)");
+    cluster.primary.sql("checkpoint");
+    cluster.primary.sql("select pg_switch_wal()");
+    let worker = cluster.primary.worker().expect("there is a worker");
+    signal_descendant(worker, libc::SIGTERM);
+    wait_until("the next worker leads", SOON, || {
+        cluster.primary.worker().is_some_and(|pid| pid != worker)
+            && cluster.members_active() == Some(3)
+    });
+    cluster.primary.sql("insert into t values (1)");
+    let log = cluster.primary.log();
+    assert!(!log.contains("is not satisfied"), "{log}");
 }
 
 /// One down: commits go on. Two down: commits wait, reads go on. Back: they finish. The views tell

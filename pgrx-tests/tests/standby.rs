@@ -59,6 +59,33 @@ fn standby_and_pg_receivewal_follow_through_restarts() {
     ours.assert_equal(&received, received.begin(), end);
 }
 
+/// With `remote_apply` a commit is answered when the standby shows it, and not before.
+#[test]
+fn remote_apply_waits_for_the_standby_behind_the_safekeepers() {
+    let cluster = Cluster::start();
+    cluster.primary.sql("create table t (a int)");
+    let standby = cluster.start_standby("standby");
+    let end = cluster.wait_all_caught_up(SOON);
+    wait_until("the standby follows", SOON, || standby.replay_lsn() >= end);
+    let apply = "set synchronous_commit = remote_apply";
+    for n in 1..=3 {
+        cluster
+            .primary
+            .sql(&format!("{apply}; insert into t values ({n})"));
+        assert_eq!(standby.value("select max(a) from t"), n.to_string());
+    }
+    standby.sql("select pg_wal_replay_pause()");
+    wait_until("replay has paused", SOON, || {
+        standby.value("select pg_get_wal_replay_pause_state()") == "paused"
+    });
+    let waiting = cluster.commit_in_background_with(apply, "insert into t values (4)");
+    cluster.wait_commits_waiting(1);
+    never_within("an answer", Duration::from_secs(3), || waiting.answered());
+    standby.sql("select pg_wal_replay_resume()");
+    waiting.wait(SOON).expect("the standby has replayed it");
+    assert_eq!(standby.value("select max(a) from t"), "4");
+}
+
 /// Without a quorum, the one safekeeper that is left holds WAL that is not committed. A standby and
 /// a receiver that follow it see nothing of it, until it is.
 #[test]

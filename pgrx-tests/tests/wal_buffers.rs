@@ -57,7 +57,8 @@ fn what_was_pushed_equals_pg_wal_whatever_the_size_of_the_buffers() {
     for wal_buffers in ["64kB", "1MB", "16MB"] {
         let mut compared = 0;
         while compared < wal_mb * MIB {
-            let round = (wal_mb * MIB - compared).min(1024 * MIB);
+            // Members keep a gigabyte of what all have.
+            let round = (wal_mb * MIB - compared).min(768 * MIB);
             let settings = format!(
                 "wal_buffers = '{wal_buffers}'\nwal_keep_size = '16GB'\nmax_wal_size = '4GB'"
             );

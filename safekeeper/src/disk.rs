@@ -330,8 +330,11 @@ impl DiskFile for RealFile {
         let allocate = || rustix::fs::fallocate(&self.file, FallocateFlags::empty(), 0, len);
         match rustix::io::retry_on_intr(allocate) {
             Ok(()) => Ok(true),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => Ok(false),
-            Err(errno) => Err(failed("allocate", &self.path)(errno.into())),
+            Err(errno @ (Errno::NOSPC | Errno::DQUOT | Errno::IO)) => {
+                Err(failed("allocate", &self.path)(errno.into()))
+            }
+            // File systems and sandboxes say no in many ways; there is another one.
+            Err(_) => Ok(false),
         }
     }
 }

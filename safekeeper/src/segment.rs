@@ -467,6 +467,17 @@ mod tests {
     }
 
     #[test]
+    fn an_allocated_segment_is_zero_whatever_the_file_held() {
+        let (temp, segments) = segments();
+        let spare = temp.path().join("5/wal/spare");
+        std::fs::write(&spare, vec![7; MB as usize + 1]).unwrap();
+        segments
+            .make_allocated(Path::new("5/wal/spare"))
+            .expect("made");
+        assert!(read_file(&temp, "spare") == vec![0; MB as usize]);
+    }
+
+    #[test]
     fn a_segment_is_looked_for_on_the_newest_timeline_that_reaches_it() {
         let t = timelines(&[
             (1, MB),

@@ -76,8 +76,9 @@ impl Pusher {
                     "elected in term {term}, which begins at {start_lsn}"
                 ));
                 // Whatever sessions could see by now was recovered, and lies below.
-                postgres::flush_wal(postgres::insert_lsn());
+                // Behind a page that is full there is a header's worth that nobody has inserted yet.
                 let end_lsn = canonical_end(postgres::insert_lsn(), self.format.segment_size);
+                postgres::flush_wal(end_lsn);
                 if shmem::set_gate(end_lsn) {
                     postgres::log(format!(
                         "sessions are held until the WAL up to {end_lsn} is on the quorum"
@@ -118,6 +119,13 @@ impl Pusher {
         self.release_commits(now);
         if shmem::open_gate_at(commit_lsn) {
             postgres::log("the recovered WAL is on the quorum: sessions are let in");
+        }
+    }
+
+    /// A member has answered: its standbys may have replayed what a commit waits for.
+    pub(super) fn on_feedback(&mut self, now: Duration) {
+        if self.wal_sender.is_some() && self.lowest_apply_lsn() > self.positions.apply_lsn {
+            self.release_commits(now);
         }
     }
 

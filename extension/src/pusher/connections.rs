@@ -8,7 +8,7 @@ use std::time::Duration;
 use pgrx::PgSqlErrorCode;
 use safekeeper_protocol::{AcceptorMessage, Lsn, PeerIdx};
 
-use super::{Pusher, thread_panicked};
+use super::{Pusher, millis, thread_panicked};
 use crate::peer::DialEvent;
 use crate::postgres;
 
@@ -81,10 +81,11 @@ impl Pusher {
             }
             _ => {}
         }
-        let now_ms = self.now_ms();
+        let now = self.started.elapsed();
         self.proposer
-            .on_message(PeerIdx(at), message, now_ms, &mut self.actions);
+            .on_message(PeerIdx(at), message, millis(now), &mut self.actions);
         self.carry_out();
+        self.on_feedback(now);
     }
 
     /// Ends a member's connection; it is dialled again after a pause.
