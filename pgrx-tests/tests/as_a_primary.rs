@@ -29,6 +29,7 @@ const SAME: &[&str] = &[
     "SHOW wal_block_size",
     "SHOW block_size",
     "SHOW integer_datetimes",
+    "SHOW wal_level",
     "SHOW standard_conforming_strings",
     "SHOW nonsense",
     "SHOW non.sense",
@@ -83,6 +84,17 @@ const SAME: &[&str] = &[
     "DROP_REPLICATION_SLOT \"No pe\"",
     "DROP_REPLICATION_SLOT",
     "CREATE_REPLICATION_SLOT",
+    "CREATE_REPLICATION_SLOT s PHYSICAL",
+    "CREATE_REPLICATION_SLOT s PHYSICAL",
+    "READ_REPLICATION_SLOT s",
+    "START_REPLICATION SLOT s 0/0 TIMELINE 7",
+    "CREATE_REPLICATION_SLOT \"Bad\" PHYSICAL",
+    "CREATE_REPLICATION_SLOT s PHYSICAL (sparkle)",
+    "CREATE_REPLICATION_SLOT s PHYSICAL TWO_PHASE",
+    "DROP_REPLICATION_SLOT s",
+    "READ_REPLICATION_SLOT s",
+    "CREATE_REPLICATION_SLOT t TEMPORARY PHYSICAL",
+    "READ_REPLICATION_SLOT t",
 ];
 
 /// Commands that are answered differently, and why that is right.
@@ -94,7 +106,7 @@ const DIFFERENT: &[(&str, &str)] = &[
     ("SHOW server_version_num", "the same"),
     ("SHOW is_superuser", "nobody is, there is no SQL"),
     (
-        "SHOW wal_level",
+        "SHOW shared_buffers",
         "of the settings only those that receivers ask for are here",
     ),
     ("SHOW all", "the same"),
