@@ -3,21 +3,25 @@
 use cluster_tests::Cluster;
 use cluster_tests::ledger::Ledger;
 use cluster_tests::poll::{SOON, wait_until};
-use cluster_tests::postgres::{Postgres, Stop};
+use cluster_tests::postgres::{Postgres, Stop, text_rows};
 use cluster_tests::wal_compare::{assert_files_equal, file_names};
 use safekeeper_protocol::Lsn;
 
-/// Under load, with feedback on, the safekeeper in use is killed, then either standby; and at last the
-/// primary, whose timeline ends. Both standbys have in the end what the new primary has, rows and bytes.
+/// A snapshot on a standby of a standby holds back the primary's vacuum, through that standby, a safekeeper
+/// and the primary's slot. The safekeeper in use is killed, then either standby; and at last the primary,
+/// whose timeline ends. Both standbys have in the end what the new primary has, rows and bytes.
 #[test]
 fn a_standby_and_its_own_standby_follow_over_everything() {
     let mut cluster = Cluster::start_with(
-        "wal_keep_size = '1GB'\nhot_standby_feedback = on\nwal_receiver_status_interval = '1s'",
+        "wal_keep_size = '1GB'\nhot_standby_feedback = on\nwal_receiver_status_interval = '1s'\n\
+         max_standby_streaming_delay = 0\nautovacuum = off",
         &[],
     );
     let heir = cluster.start_standby("heir");
     let mut standby = cluster.start_standby("standby");
     let mut cascaded = start_standby_of(&cluster, &standby, "cascaded");
+
+    assert_snapshot_is_kept(&cluster, &cascaded);
 
     let mut ledger = Ledger::start(&cluster.primary, 4);
     let source = cluster.wait_source_of("standby");
@@ -50,6 +54,32 @@ fn a_standby_and_its_own_standby_follow_over_everything() {
         let equal = assert_files_equal(&wal, &heir.wal_dir(), end);
         assert!(equal >= 2, "{equal} of {:?}", file_names(&wal));
     }
+}
+
+/// While a session there has a snapshot, the primary may remove nothing that it sees; afterwards it may.
+#[track_caller]
+fn assert_snapshot_is_kept(cluster: &Cluster, standby: &Postgres) {
+    let primary = &cluster.primary;
+    primary.sql("create table kept as select generate_series(1, 1000)");
+    wait_replayed(standby, primary.flush_lsn());
+    let mut session = standby.client();
+    let count = "select count(*) from kept";
+    let begin = format!("begin isolation level repeatable read; {count}");
+    let kept = [[Some("1000".to_owned())]];
+    assert_eq!(text_rows(&mut session, &begin).expect("rows"), kept);
+    let slot_xmin = "select coalesce(max(xmin::text::bigint), 0) from pg_replication_slots";
+    let slot_xmin = || -> u64 { primary.value(slot_xmin).parse().expect("a number") };
+    wait_until("the primary hears of it", SOON, || slot_xmin() > 0);
+    let deleted = primary.value("delete from kept; select txid_current()");
+    let deleted: u64 = deleted.parse().expect("a number");
+    primary.sql("vacuum kept");
+    wait_replayed(standby, primary.flush_lsn());
+    assert_eq!(text_rows(&mut session, count).expect("rows"), kept);
+    assert!(slot_xmin() <= deleted);
+    drop(session);
+    wait_until("it is let go", SOON, || slot_xmin() > deleted);
+    primary.sql("vacuum kept");
+    assert_eq!(primary.value("select pg_relation_size('kept')"), "0");
 }
 
 /// Made of a base backup of a standby, and fed by that.
