@@ -21,7 +21,7 @@ fn a_standby_and_its_own_standby_follow_over_everything() {
     let mut standby = cluster.start_standby("standby");
     let mut cascaded = start_standby_of(&cluster, &standby, "cascaded");
 
-    assert_snapshot_is_kept(&cluster, &cascaded);
+    assert_snapshot_is_kept(&cluster, &standby, &cascaded);
 
     let mut ledger = Ledger::start(&cluster.primary, 4);
     let source = cluster.wait_source_of("standby");
@@ -56,9 +56,10 @@ fn a_standby_and_its_own_standby_follow_over_everything() {
     }
 }
 
-/// While a session there has a snapshot, the primary may remove nothing that it sees; afterwards it may.
+/// While a session has a snapshot on `standby`, which `source` feeds, the primary may remove nothing that it
+/// sees; afterwards it may.
 #[track_caller]
-fn assert_snapshot_is_kept(cluster: &Cluster, standby: &Postgres) {
+fn assert_snapshot_is_kept(cluster: &Cluster, source: &Postgres, standby: &Postgres) {
     let primary = &cluster.primary;
     primary.sql("create table kept as select generate_series(1, 1000)");
     wait_replayed(standby, primary.flush_lsn());
@@ -69,6 +70,11 @@ fn assert_snapshot_is_kept(cluster: &Cluster, standby: &Postgres) {
     assert_eq!(text_rows(&mut session, &begin).expect("rows"), kept);
     let slot_xmin = "select coalesce(max(xmin::text::bigint), 0) from pg_replication_slots";
     let slot_xmin = || -> u64 { primary.value(slot_xmin).parse().expect("a number") };
+    // From then on what the source reports holds no more than this.
+    let heard = "select count(backend_xmin) from pg_stat_replication";
+    wait_until("the source hears of it", SOON, || {
+        source.value(heard) == "1"
+    });
     wait_until("the primary hears of it", SOON, || slot_xmin() > 0);
     let deleted = primary.value("delete from kept; select txid_current()");
     let deleted: u64 = deleted.parse().expect("a number");
