@@ -114,7 +114,9 @@ pub fn block_refs(body: &[u8]) -> Result<Vec<BlockRef>, InvalidBody> {
             }
             ID_ORIGIN => _ = headers.u16("origin")?,
             ID_TOPLEVEL_XID => _ = headers.u32("top-level transaction")?,
-            id if id <= BLOCK_ID_MAX && blocks.last().is_none_or(|last: &BlockRef| id > last.id) => {
+            id if id <= BLOCK_ID_MAX
+                && blocks.last().is_none_or(|last: &BlockRef| id > last.id) =>
+            {
                 let (block, len) = headers.block(id, &mut relation)?;
                 blocks.push(block);
                 data_len += len;
@@ -170,7 +172,8 @@ impl Headers<'_> {
                 number: self.u32("relation")?,
             });
         }
-        let relation = relation.ok_or_else(|| self.invalid("block of the same relation as none"))?;
+        let relation =
+            relation.ok_or_else(|| self.invalid("block of the same relation as none"))?;
         let block = self.u32("block number")?;
         let block = BlockRef {
             id,
@@ -234,7 +237,18 @@ mod tests {
         body.extend(7u32.to_le_bytes());
         body.extend(block_header(1, SAME_REL | 2, 0));
         body.extend(0u32.to_le_bytes());
-        body.extend([ID_ORIGIN, 9, 9, ID_TOPLEVEL_XID, 1, 2, 3, 4, ID_DATA_SHORT, 2]);
+        body.extend([
+            ID_ORIGIN,
+            9,
+            9,
+            ID_TOPLEVEL_XID,
+            1,
+            2,
+            3,
+            4,
+            ID_DATA_SHORT,
+            2,
+        ]);
         body.extend([0; 4 + 3 + 2]);
         let blocks = block_refs(&body).expect("sound");
         let table = Relation {
@@ -249,7 +263,13 @@ mod tests {
         assert_eq!(
             blocks,
             [
-                BlockRef { id: 0, relation: table, fork: Fork::Main, block: 7, image },
+                BlockRef {
+                    id: 0,
+                    relation: table,
+                    fork: Fork::Main,
+                    block: 7,
+                    image
+                },
                 BlockRef {
                     id: 1,
                     relation: table,
@@ -269,7 +289,13 @@ mod tests {
         body.extend(4u32.to_le_bytes());
         body.extend([0; 2]);
         let blocks = block_refs(&body).expect("sound");
-        assert!(matches!(blocks[0].image, Some(Image { len: 2, is_restored: false })));
+        assert!(matches!(
+            blocks[0].image,
+            Some(Image {
+                len: 2,
+                is_restored: false
+            })
+        ));
     }
 
     #[test]

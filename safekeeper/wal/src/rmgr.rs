@@ -131,7 +131,10 @@ mod tests {
         assert_eq!(rmgr_name(21), "LogicalMessage");
         assert_eq!(rmgr_name(130), "custom130");
         assert_eq!(record_name(PgVersion::V15, 9, 0x10), Some("PRUNE"));
-        assert_eq!(record_name(PgVersion::V17, 9, 0x10), Some("PRUNE_ON_ACCESS"));
+        assert_eq!(
+            record_name(PgVersion::V17, 9, 0x10),
+            Some("PRUNE_ON_ACCESS")
+        );
         assert_eq!(record_name(PgVersion::V17, 1, 0x80), Some("COMMIT"));
         assert_eq!(record_name(PgVersion::V17, 12, 0x00), None);
     }
