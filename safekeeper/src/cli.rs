@@ -7,18 +7,23 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use safekeeper::config::{Config, DEFAULT_HTTP};
+use safekeeper::config::{Config, DEFAULT_HTTP, DEFAULT_LISTEN};
 use safekeeper::fetch_wal::FetchRequest;
 use safekeeper::identity::{DataDir, random_incarnation};
 use safekeeper::logging::{self, LogFormat};
 use safekeeper::server::Server;
 use safekeeper::status::{Status, members_table, status_table};
-use safekeeper_protocol::MemberId;
+use safekeeper::tail::{Form, TailRequest};
+use safekeeper_client::follower::FollowerConfig;
+use safekeeper_protocol::{Lsn, MemberId, Tli};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// How long another safekeeper may take to tell its status.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// For each step of finding somebody to follow.
+const TAIL_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Longest status that is read, in bytes.
 const STATUS_LEN_MAX: u64 = 16 * 1024 * 1024;
@@ -54,6 +59,8 @@ enum Command {
     },
     /// Bring a WAL segment or history file from the safekeepers: a restore_command.
     FetchWal(FetchArguments),
+    /// Print a cluster's log, from safekeepers or a primary, a line a record; all of it is checked.
+    Tail(TailArguments),
     /// Check everything in a data directory. Changes nothing; the daemon may be running.
     Verify {
         #[arg(long)]
@@ -133,6 +140,49 @@ struct FetchArguments {
     user: Option<String>,
 }
 
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Lines are those of pg_waldump; of what a resource manager says of its own records there is only the name, \
+and of rarer ones a number.
+
+Exit codes: 0 done; 1 failed, or damaged WAL; 2 wrong usage; 3 nobody could be reached.")]
+struct TailArguments {
+    /// Safekeepers or primaries, asked in turn: the next one goes on when one is lost.
+    #[arg(long, value_name = "HOST:PORT[,HOST:PORT...]", value_delimiter = ',', default_value = DEFAULT_LISTEN)]
+    from: Vec<String>,
+    /// Begin with the first record at or behind this; without it where the log ends now.
+    #[arg(long, value_name = "LSN", required_unless_present = "follow")]
+    start: Option<Lsn>,
+    /// End before this.
+    #[arg(long, value_name = "LSN")]
+    end: Option<Lsn>,
+    /// Print so many records.
+    #[arg(long, value_name = "N")]
+    limit: Option<u64>,
+    /// Wait for more at the end of the log, and go on when a server is lost.
+    #[arg(long)]
+    follow: bool,
+    /// Begin on this timeline, not the one that the log was on at the start.
+    #[arg(long, value_name = "N")]
+    timeline: Option<u32>,
+    /// Counts and bytes of each resource manager instead of records.
+    #[arg(long, conflicts_with = "output")]
+    summary: bool,
+    /// The primary's walproposer.cluster_name, where a safekeeper serves several clusters.
+    #[arg(long, value_name = "NAME")]
+    cluster: Option<String>,
+    #[arg(long, value_name = "NAME", default_value = "safekeeper")]
+    user: String,
+    #[arg(long, value_enum, default_value_t = TailFormat::Text)]
+    output: TailFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum TailFormat {
+    Text,
+    Json,
+}
+
 #[derive(Clone, Copy, Debug, ValueEnum)]
 enum OutputFormat {
     Table,
@@ -187,8 +237,38 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
                 .map_err(Failure::failed)
         }
         Command::FetchWal(arguments) => fetch_wal(&arguments),
+        Command::Tail(arguments) => tail(arguments),
         Command::Verify { data_dir } => verify(&data_dir),
     }
+}
+
+fn tail(arguments: TailArguments) -> Result<(), Failure> {
+    let form = match (arguments.summary, arguments.output) {
+        (true, _) => Form::Summary,
+        (false, TailFormat::Text) => Form::Lines,
+        (false, TailFormat::Json) => Form::Json,
+    };
+    let request = TailRequest {
+        follower: FollowerConfig {
+            addresses: arguments.from,
+            user: arguments.user,
+            application_name: "safekeeper tail".to_owned(),
+            cluster: arguments.cluster,
+            timeout: TAIL_TIMEOUT,
+            start_lsn: arguments.start,
+            tli: arguments.timeline.map(Tli),
+        },
+        follows: arguments.follow,
+        end_lsn: arguments.end,
+        limit: arguments.limit,
+        form,
+    };
+    let complain = |text: &str| eprintln!("safekeeper: {text}");
+    let tailed = safekeeper::tail::tail(&request, &mut std::io::stdout().lock(), complain);
+    tailed.map_err(|error| Failure {
+        code: if error.is_not_running() { 3 } else { 1 },
+        message: error.to_string(),
+    })
 }
 
 fn fetch_wal(arguments: &FetchArguments) -> Result<(), Failure> {

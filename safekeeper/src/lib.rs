@@ -45,3 +45,4 @@ pub mod server;
 
 // Who asks other safekeepers.
 pub mod fetch_wal;
+pub mod tail;

@@ -1,5 +1,10 @@
-//! A client of streaming replication, for those who read WAL: page servers, `safekeeper fetch-wal`.
+//! A client of streaming replication, for those who read WAL: page servers, `safekeeper tail` and
+//! `safekeeper fetch-wal`.
 //!
-//! [`wal_client`] asks a safekeeper (or a primary: they speak alike) and takes WAL from it.
+//! [`follower`] follows a cluster's log record by record, wherever it is to be had. It stands on
+//! [`wal_client`], which asks one safekeeper (or a primary: they speak alike) and takes WAL from it.
+//!
+//! Not here yet: TLS and passwords.
 
+pub mod follower;
 pub mod wal_client;

@@ -138,6 +138,10 @@ impl WalClient {
         let socket = dial(&config.address, config.timeout)?;
         socket.set_nodelay(true)?;
         socket.set_write_timeout(Some(config.timeout))?;
+        // A peer whose host is gone is noticed by what we report to it.
+        let user_timeout = u32::try_from(config.timeout.as_millis()).unwrap_or(u32::MAX);
+        rustix::net::sockopt::set_tcp_user_timeout(&socket, user_timeout)
+            .map_err(io::Error::from)?;
         let mut client = WalClient {
             socket,
             input: Input::default(),

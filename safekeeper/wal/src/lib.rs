@@ -16,8 +16,10 @@
 //! where the last whole record ends: the only position a safekeeper promises. [`end_of_log`] runs
 //! it over what is on disk. [`synthetic`] goes the other way and makes WAL, for tests.
 //!
-//! What records *mean* is not known here, and nothing here writes a file.
+//! What records *mean* is not known here, but for which blocks they change ([`blocks`]) and what a
+//! server calls them ([`rmgr`]). Nothing here writes a file.
 
+pub mod blocks;
 mod bytes;
 pub mod decoder;
 pub mod end_of_log;
@@ -26,9 +28,11 @@ pub mod format;
 pub mod history;
 pub mod page;
 pub mod record;
+pub mod rmgr;
 pub mod segment_name;
 pub mod synthetic;
 
+pub use blocks::{BlockRef, Fork, Image, InvalidBody, Relation, block_refs};
 pub use decoder::WalDecoder;
 pub use end_of_log::{EndOfLog, FindEndError, SegmentFiles, find_end, find_end_with};
 pub use error::WalError;
