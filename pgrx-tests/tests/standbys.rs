@@ -78,7 +78,8 @@ fn assert_snapshot_is_kept(cluster: &Cluster, source: &Postgres, standby: &Postg
     wait_until("the primary hears of it", SOON, || slot_xmin() > 0);
     let deleted = primary.value("delete from kept; select txid_current()");
     let deleted: u64 = deleted.parse().expect("a number");
-    primary.sql("vacuum kept");
+    // The table may have empty pages at its end, and their truncation a lock in the session's way.
+    primary.sql("vacuum (truncate off) kept");
     wait_replayed(standby, primary.flush_lsn());
     assert_eq!(text_rows(&mut session, count).expect("rows"), kept);
     assert!(slot_xmin() <= deleted);
