@@ -1,7 +1,7 @@
 //! The subcommands of `safekeeper`.
 
 use std::fmt::Display;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -14,13 +14,18 @@ use safekeeper::logging::{self, LogFormat};
 use safekeeper::server::Server;
 use safekeeper::status::{Status, members_table, status_table};
 use safekeeper::tail::{Form, TailRequest};
+use safekeeper::users::{Role, User, Users};
 use safekeeper_client::follower::FollowerConfig;
 use safekeeper_protocol::{Lsn, MemberId, Tli};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use safekeeper_wire::scram::Verifier;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 /// How long another safekeeper may take to tell its status.
 const STATUS_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Longest password that is read, with what stands behind it, in bytes.
+const PASSWORD_LEN_MAX: u64 = 64 * 1024;
 
 /// For each step of finding somebody to follow.
 const TAIL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -61,6 +66,9 @@ enum Command {
     FetchWal(FetchArguments),
     /// Print a cluster's log, from safekeepers or a primary, a line a record; all of it is checked.
     Tail(TailArguments),
+    /// Say who may log in. A running daemon hears of it by SIGHUP.
+    #[command(subcommand)]
+    User(UserCommand),
     /// Check everything in a data directory. Changes nothing; the daemon may be running.
     Verify {
         #[arg(long)]
@@ -138,6 +146,31 @@ struct FetchArguments {
     cluster: Option<String>,
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+enum UserCommand {
+    /// Add a user. The password is the first line of a file, or of standard input.
+    Add {
+        name: String,
+        #[arg(long)]
+        data_dir: PathBuf,
+        /// proposer: push WAL, as a primary. replication: read it, as a standby. May be given twice.
+        #[arg(long, required = true, value_enum)]
+        role: Vec<Role>,
+        #[arg(long, value_name = "FILE")]
+        password_file: Option<PathBuf>,
+    },
+    /// Print users and roles.
+    List {
+        #[arg(long)]
+        data_dir: PathBuf,
+    },
+    Remove {
+        name: String,
+        #[arg(long)]
+        data_dir: PathBuf,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -238,7 +271,64 @@ pub fn run(arguments: Arguments) -> Result<(), Failure> {
         }
         Command::FetchWal(arguments) => fetch_wal(&arguments),
         Command::Tail(arguments) => tail(arguments),
+        Command::User(command) => user(command),
         Command::Verify { data_dir } => verify(&data_dir),
+    }
+}
+
+fn user(command: UserCommand) -> Result<(), Failure> {
+    match command {
+        UserCommand::Add {
+            name,
+            data_dir,
+            role,
+            password_file,
+        } => {
+            let mut users = users_of(&data_dir)?;
+            let password = read_password(password_file.as_deref())?;
+            let user = User {
+                name,
+                roles: role,
+                verifier: Verifier::of_password(&password),
+            };
+            users.add(user).map_err(Failure::failed)?;
+            users.store(&data_dir).map_err(Failure::failed)
+        }
+        UserCommand::List { data_dir } => {
+            let users = users_of(&data_dir)?;
+            let line = |user: &User| {
+                let roles: Vec<_> = user.roles.iter().map(Role::to_string).collect();
+                format!("{}  {}\n", user.name, roles.join(","))
+            };
+            print(&users.list().iter().map(line).collect::<String>())
+        }
+        UserCommand::Remove { name, data_dir } => {
+            let mut users = users_of(&data_dir)?;
+            users.remove(&name).map_err(Failure::failed)?;
+            users.store(&data_dir).map_err(Failure::failed)
+        }
+    }
+}
+
+fn users_of(data_dir: &Path) -> Result<Users, Failure> {
+    safekeeper::identity::read_identity(data_dir).map_err(Failure::failed)?;
+    Users::load(data_dir).map_err(Failure::failed)
+}
+
+fn read_password(file: Option<&Path>) -> Result<String, Failure> {
+    let (read, whence) = match file {
+        Some(path) => (std::fs::read_to_string(path), path.display().to_string()),
+        None => (
+            std::io::read_to_string(std::io::stdin().lock().take(PASSWORD_LEN_MAX)),
+            "standard input".to_owned(),
+        ),
+    };
+    let text = read.map_err(|error| {
+        Failure::failed(format!("could not read a password from {whence}: {error}"))
+    })?;
+    match text.lines().next() {
+        Some(password) if !password.is_empty() => Ok(password.to_owned()),
+        _ => Err(Failure::usage(format!("no password in {whence}"))),
     }
 }
 
@@ -337,17 +427,23 @@ fn run_daemon(arguments: &RunArguments) -> Result<(), Failure> {
     let config = config_of(arguments)?;
     logging::start(config.log_format, config.log_level);
     abort_on_panic();
-    let mut signals = Signals::new([SIGTERM, SIGINT]).map_err(Failure::failed)?;
+    let mut signals = Signals::new([SIGTERM, SIGINT, SIGHUP]).map_err(Failure::failed)?;
     log::info!("starting version={} {config:?}", env!("CARGO_PKG_VERSION"));
     let data_dir = DataDir::open(&arguments.data_dir).map_err(Failure::failed)?;
     let server = Server::start(data_dir, config).map_err(Failure::failed)?;
-    if let Some(signal) = signals.forever().next() {
-        let name = if signal == SIGTERM {
-            "SIGTERM"
-        } else {
-            "SIGINT"
+    for signal in signals.forever() {
+        let name = match signal {
+            SIGHUP => {
+                if let Err(error) = server.reload() {
+                    log::warn!("users stay as they were: {error}");
+                }
+                continue;
+            }
+            SIGTERM => "SIGTERM",
+            _ => "SIGINT",
         };
         log::info!("received {name}");
+        break;
     }
     server.stop();
     Ok(())

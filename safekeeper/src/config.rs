@@ -4,7 +4,8 @@
 //! |---------------------|------------------|-----------------------------------------------------------|
 //! | `listen`            | `127.0.0.1:5454` | where proposers and consumers connect                     |
 //! | `http`              | `127.0.0.1:7676` | where metrics and status are served                       |
-//! | `trust_network`     | `false`          | listen beyond loopback though nobody is authenticated     |
+//! | `trust_network`     | `false`          | listen beyond loopback though anybody is let in           |
+//! | `access`            | none             | tables: who is asked for a password (access.rs)           |
 //! | `max_connections`   | `100`            | connections at a time on `listen`                         |
 //! | `wal_keep_size`     | `1GB`            | WAL kept below commit_lsn that nobody connected needs     |
 //! | `max_wal_keep`      | `64GB`           | WAL kept below commit_lsn whoever needs it; 0 has no bound |
@@ -31,6 +32,7 @@ use log::LevelFilter;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
+use crate::access::{AccessRule, keep_strangers_out};
 use crate::logging::LogFormat;
 use crate::slot_file::SLOTS_MAX;
 
@@ -58,6 +60,8 @@ pub struct Config {
     pub listen: String,
     pub http: String,
     pub trust_network: bool,
+    /// Who is asked for a password. In the file only.
+    pub access: Vec<AccessRule>,
     pub max_connections: usize,
     /// In bytes.
     #[serde(deserialize_with = "size")]
@@ -87,6 +91,7 @@ impl Default for Config {
             listen: DEFAULT_LISTEN.into(),
             http: DEFAULT_HTTP.into(),
             trust_network: false,
+            access: Vec::new(),
             max_connections: 100,
             wal_keep_size: 1 << 30,
             max_wal_keep: Some(64 << 30),
@@ -162,15 +167,21 @@ impl Config {
         }
         let listen = resolve("listen", &self.listen)?;
         let http = resolve("http", &self.http)?;
-        for (name, address) in [("listen", listen), ("http", http)] {
-            if !address.ip().is_loopback() && !self.trust_network {
-                return Err(ConfigError(format!(
-                    "{name}: {address} can be reached from other hosts, and authentication is not \
-                     available yet: anybody there could write and read WAL. Listen on a loopback \
-                     address, or set trust_network = true (--trust-network) if the network keeps \
-                     strangers out"
-                )));
-            }
+        let is_open = |address: SocketAddr| !address.ip().is_loopback() && !self.trust_network;
+        if is_open(listen) && !keep_strangers_out(&self.access) {
+            return Err(ConfigError(format!(
+                "listen: {listen} can be reached from other hosts, and anybody there could write and read \
+                 WAL. Say in [[access]] tables of the configuration file who must give a password, or \
+                 listen on a loopback address, or set trust_network = true (--trust-network) if the \
+                 network keeps strangers out"
+            )));
+        }
+        if is_open(http) {
+            return Err(ConfigError(format!(
+                "http: {http} can be reached from other hosts, and nobody is asked who they are there. \
+                 Serve it on a loopback address, or set trust_network = true (--trust-network) if the \
+                 network keeps strangers out"
+            )));
         }
         Ok((listen, http))
     }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   SSLRequest / GSSENCRequest ─► 'N', any number of times
-//!   startup packet ─► AuthenticationOk, parameters, ReadyForQuery      within 10 s altogether
+//!   startup packet ─► who are you? (authenticate.rs)                   within 10 s altogether
+//!                     AuthenticationOk, parameters, ReadyForQuery
 //!   'Q' command    ─► result or error, ReadyForQuery                   again and again
 //!   'X', the end of the stream, or a fatal error
 //! ```
@@ -11,8 +12,7 @@
 //! when its host is gone. Before its first command it may not: it has shown nothing yet. Inside a message it may not: one that has begun must arrive within a
 //! minute. So no peer holds a thread for nothing.
 //!
-//! SCRAM will stand where AuthenticationOk is sent now; until then only those who can reach the
-//! port are kept out (see config.rs). Not here: what a proposer and a consumer say to each other
+//! Not here: what a proposer and a consumer say to each other
 //! after their command (receive_wal.rs, send_wal.rs).
 
 use std::io;
@@ -27,8 +27,10 @@ use safekeeper_wire::pgwire::{
 };
 use safekeeper_wire::startup::{Opening, Startup, next_opening};
 
+use crate::authenticate::authenticate;
 use crate::replication_command::{ReplicationCommand, parse};
 use crate::server::Shared;
+use crate::users::Role;
 use crate::{receive_wal, send_wal};
 
 /// The handshake takes a round trip or two; who needs longer is not there.
@@ -62,6 +64,8 @@ pub struct Connection {
     pub clock: Clock,
     pub startup: Startup,
     pub shared: Arc<Shared>,
+    /// What the peer may do; nothing before it is known who it is.
+    roles: Vec<Role>,
     /// It has given a command since the handshake.
     has_spoken: bool,
     id: u64,
@@ -78,6 +82,7 @@ impl Connection {
             clock: shared.clock,
             startup: Startup::default(),
             shared,
+            roles: Vec::new(),
             has_spoken: false,
             id,
             peer,
@@ -149,6 +154,8 @@ impl Connection {
             return Ok(());
         };
         self.startup = startup;
+        self.roles = authenticate(self, deadline)?;
+        self.shared.let_in(self.id)?;
         self.greet()?;
         let patience = self.shared.config.first_command_timeout;
         self.socket.set_read_timeout(Some(patience))?;
@@ -286,7 +293,24 @@ impl Connection {
         }
     }
 
+    /// A proposer reads, too: from a donor.
+    fn check_role(&self, command: &ReplicationCommand) -> Result<(), ConnectionError> {
+        let (needed, what) = match command {
+            ReplicationCommand::StartWalPush => (&[Role::Proposer][..], "push WAL"),
+            _ => (&[Role::Replication, Role::Proposer][..], "read WAL"),
+        };
+        if needed.iter().any(|role| self.roles.contains(role)) {
+            return Ok(());
+        }
+        let report = ErrorReport::new("42501", format!("permission denied to {what}"));
+        Err(ConnectionError::Command(report.detail(format!(
+            "The user \"{}\" has not the role {}.",
+            self.startup.user, needed[0]
+        ))))
+    }
+
     fn run_command(&mut self, command: ReplicationCommand) -> Result<After, ConnectionError> {
+        self.check_role(&command)?;
         let shared = self.shared.clone();
         match command {
             ReplicationCommand::StartWalPush => {

@@ -1,7 +1,8 @@
 //! How many descriptors the process may have, and whether the settings fit in.
 //!
 //! ```text
-//!   max_connections * PER_CONNECTION + http::CONNECTIONS_MAX + RESERVE  <=  RLIMIT_NOFILE
+//!   max_connections * PER_CONNECTION + strangers * PER_STRANGER + http::CONNECTIONS_MAX + RESERVE
+//!       <=  RLIMIT_NOFILE
 //! ```
 //!
 //! A safekeeper that runs out of descriptors can't open its next segment, and commits wait. So the
@@ -12,10 +13,14 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::config::ConfigError;
 use crate::http;
+use crate::server::STRANGERS_MAX;
 
 /// A consumer's connection: its socket, the copy by which it is shut down, the eventfd that wakes
 /// its sender, and the segment being read. A proposer's has the same without the eventfd.
 const PER_CONNECTION: u64 = 4;
+
+/// One that has not shown who it is: its socket and the copy.
+const PER_STRANGER: u64 = 2;
 
 /// Standard streams, listeners, signals, the runtime, the lock of the data directory; and for each
 /// of a few clusters the segment being written, the one being made, and the control file.
@@ -45,7 +50,8 @@ pub fn check(max_connections: usize, limit: Option<u64>) -> Result<(), ConfigErr
     let Some(limit) = limit else {
         return Ok(());
     };
-    let reserve = RESERVE + http::CONNECTIONS_MAX as u64;
+    let strangers = 2 * STRANGERS_MAX as u64 * PER_STRANGER;
+    let reserve = RESERVE + strangers + http::CONNECTIONS_MAX as u64;
     let possible = limit.saturating_sub(reserve) / PER_CONNECTION;
     if max_connections as u64 <= possible {
         return Ok(());
@@ -63,7 +69,8 @@ mod tests {
 
     #[test]
     fn connections_fit_or_are_refused_with_the_number_that_would() {
-        let reserve = RESERVE + http::CONNECTIONS_MAX as u64;
+        let strangers = 2 * STRANGERS_MAX as u64 * PER_STRANGER;
+        let reserve = RESERVE + strangers + http::CONNECTIONS_MAX as u64;
         for (max_connections, limit, fits) in [
             (100, Some(1024), true),
             (100, Some(reserve + 400), true),
@@ -77,7 +84,7 @@ mod tests {
         }
         let error = check(1000, Some(1024)).expect_err("refused").to_string();
         assert!(error.contains("max_connections: 1000"), "{error}");
-        assert!(error.contains("at most 232"), "{error}");
+        assert!(error.contains("at most 182"), "{error}");
     }
 
     #[test]

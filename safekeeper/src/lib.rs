@@ -19,12 +19,14 @@ pub mod wal_storage;
 mod write_order;
 
 // Leaves: what others are told, and how.
+pub mod access;
 pub mod config;
 pub mod logging;
 pub mod metrics;
 pub mod replication_command;
 pub mod retention;
 pub mod status;
+pub mod users;
 pub mod watch;
 
 // Who owns a cluster, and who reads it.
@@ -35,6 +37,7 @@ pub mod slots;
 pub mod view;
 
 // Who speaks to the world.
+mod authenticate;
 pub mod connection;
 mod descriptors;
 pub mod http;

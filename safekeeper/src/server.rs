@@ -10,16 +10,17 @@
 //! [`Server::stop`] ends them in this order: no new connections; those that are there see the end
 //! of their input, flush, say why and close; then commit_lsn is persisted. It waits for each.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use safekeeper_wire::pgwire::{ErrorReport, Output};
+use safekeeper_wire::pgwire::{ConnectionError, ErrorReport, Output};
+use safekeeper_wire::scram::random;
 
 use crate::clusters::Clusters;
 use crate::config::{Config, ConfigError};
@@ -30,6 +31,7 @@ use crate::http::HttpServer;
 use crate::identity::DataDir;
 use crate::metrics::Metrics;
 use crate::retention::Retention;
+use crate::users::{Users, UsersError};
 
 /// How far commit_lsn in the control file lags behind at most.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(1);
@@ -38,6 +40,12 @@ const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(15);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
+
+/// Connections at a time of which it is not known yet who they are. Above it a new one takes the place of
+/// the oldest; above twice as many, while those end, it is refused.
+pub const STRANGERS_MAX: usize = 50;
+/// For connections that were shut to be gone.
+const STRANGERS_END_WITHIN: Duration = Duration::from_secs(1);
 
 /// When stopping, for connections to end by themselves, and then for them to notice that their
 /// sockets are shut.
@@ -54,6 +62,10 @@ pub enum StartError {
     },
     #[error("could not start a thread: {0}")]
     Thread(io::Error),
+    #[error("could not get random bytes: {0}")]
+    Random(io::Error),
+    #[error(transparent)]
+    Users(#[from] UsersError),
     #[error(transparent)]
     Storage(#[from] StorageError),
 }
@@ -65,29 +77,60 @@ pub struct Shared {
     pub config: Config,
     pub metrics: Arc<Metrics>,
     pub clock: Clock,
+    /// For asking those who are nobody (see scram.rs).
+    pub secret: [u8; 32],
+    users: RwLock<Users>,
     stopping: AtomicBool,
-    /// Sockets of the open connections, for the end.
-    open: Mutex<HashMap<u64, TcpStream>>,
+    /// By the number of the connection.
+    open: Mutex<BTreeMap<u64, OpenConnection>>,
     /// One of `open` was closed, or `stopping` has become true.
     changed: Condvar,
     next_id: AtomicU64,
 }
 
+/// One that has a thread.
+#[derive(Debug)]
+struct OpenConnection {
+    /// For the end.
+    socket: TcpStream,
+    /// It is known who it is, and it counts among `max_connections`.
+    is_in: bool,
+    /// It has had to make room.
+    is_shut: bool,
+}
+
+type OpenConnections = BTreeMap<u64, OpenConnection>;
+
 impl Shared {
+    pub fn users(&self) -> RwLockReadGuard<'_, Users> {
+        self.users.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The peer of connection `id` has shown who it is. An error if there is no room for it.
+    pub fn let_in(&self, id: u64) -> Result<(), ConnectionError> {
+        let mut open = self.open();
+        let n_in = open.values().filter(|connection| connection.is_in).count();
+        if n_in >= self.config.max_connections {
+            self.metrics.connections_refused.inc();
+            return Err(ConnectionError::Fatal(too_many()));
+        }
+        match open.get_mut(&id) {
+            Some(connection) => connection.is_in = true,
+            None => unreachable!("it is open as long as its thread runs"),
+        }
+        Ok(())
+    }
+
     pub fn is_stopping(&self) -> bool {
         self.stopping.load(Ordering::SeqCst)
     }
 
-    fn open(&self) -> MutexGuard<'_, HashMap<u64, TcpStream>> {
+    fn open(&self) -> MutexGuard<'_, OpenConnections> {
         self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Until `done` holds of the open connections or `timeout` is over. True if it holds.
-    fn wait_until(
-        &self,
-        timeout: Duration,
-        done: impl Fn(&HashMap<u64, TcpStream>) -> bool,
-    ) -> bool {
+    fn wait_until(&self, timeout: Duration, done: impl Fn(&OpenConnections) -> bool) -> bool {
         let deadline = Instant::now() + timeout;
         let mut open = self.open();
         while !done(&open) {
@@ -112,7 +155,7 @@ pub struct Server {
     http: HttpServer,
     listen: SocketAddr,
     /// Locked for as long as anything of ours runs.
-    _data_dir: DataDir,
+    data_dir: DataDir,
 }
 
 impl Server {
@@ -123,6 +166,7 @@ impl Server {
         // Both addresses before anything else: the usual mistake is that one is taken.
         let listener = bind(listen)?;
         let http_listener = bind(http)?;
+        let users = Users::load(data_dir.path())?;
         let metrics = Arc::new(Metrics::default());
         let clusters = Clusters::open(&data_dir, metrics.clone())?;
         let shared = Arc::new(Shared {
@@ -130,6 +174,8 @@ impl Server {
             config,
             metrics,
             clock: Clock::start(),
+            secret: random().map_err(StartError::Random)?,
+            users: RwLock::new(users),
             stopping: AtomicBool::new(false),
             open: Mutex::default(),
             changed: Condvar::new(),
@@ -157,8 +203,21 @@ impl Server {
             housekeeping,
             http,
             listen,
-            _data_dir: data_dir,
+            data_dir,
         })
+    }
+
+    /// Reads the users again. On an error they stay as they were.
+    pub fn reload(&self) -> Result<(), UsersError> {
+        let users = Users::load(self.data_dir.path())?;
+        let n_users = users.list().len();
+        let mut current = self.shared.users.write();
+        let current = current
+            .as_mut()
+            .unwrap_or_else(|poisoned| poisoned.get_mut());
+        **current = users;
+        log::info!("users reloaded n_users={n_users}");
+        Ok(())
     }
 
     /// Where proposers and consumers connect.
@@ -183,11 +242,11 @@ impl Server {
         let _ = rustix::net::shutdown(&*self.listener, rustix::net::Shutdown::Both);
         join(self.accept);
         for how in [Shutdown::Read, Shutdown::Both] {
-            for socket in shared.open().values() {
+            for connection in shared.open().values() {
                 // It may be closed already by the peer.
-                let _ = socket.shutdown(how);
+                let _ = connection.socket.shutdown(how);
             }
-            if shared.wait_until(FAREWELL_TIMEOUT, HashMap::is_empty) {
+            if shared.wait_until(FAREWELL_TIMEOUT, BTreeMap::is_empty) {
                 break;
             }
         }
@@ -245,13 +304,28 @@ fn admit(shared: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
         Ok(socket) => socket,
         Err(error) => return log::warn!("connection refused from={peer} ({error})"),
     };
+    // Those whose place was taken end as soon as they have noticed. Others wait in the kernel.
+    let has_room = |open: &OpenConnections| n_strangers(open) < 2 * STRANGERS_MAX;
+    if !shared.wait_until(STRANGERS_END_WITHIN, has_room) {
+        return refuse(shared, socket, peer);
+    }
     {
         let mut open = shared.open();
-        if open.len() >= shared.config.max_connections {
-            drop(open);
-            return refuse(shared, socket, peer);
+        if n_strangers(&open) >= STRANGERS_MAX {
+            // The one that has had the most time. Who means it needs a moment only.
+            let oldest = open.values_mut().find(|it| !it.is_in && !it.is_shut);
+            if let Some(oldest) = oldest {
+                oldest.is_shut = true;
+                // It may be closed already by the peer.
+                let _ = oldest.socket.shutdown(Shutdown::Both);
+            }
         }
-        open.insert(id, for_end);
+        let connection = OpenConnection {
+            socket: for_end,
+            is_in: false,
+            is_shut: false,
+        };
+        open.insert(id, connection);
     }
     let entry = Entry {
         shared: shared.clone(),
@@ -272,14 +346,20 @@ fn refuse(shared: &Shared, socket: TcpStream, peer: SocketAddr) {
     shared.metrics.connections_refused.inc();
     log::warn!("connection refused from={peer} (too many connections)");
     let mut output = Output::default();
-    output.error(
-        "FATAL",
-        &ErrorReport::new("53300", "sorry, too many clients already"),
-    );
+    output.error("FATAL", &too_many());
     // The accepting thread waits for nobody; a new socket has room for this.
     if socket.set_nonblocking(true).is_ok() {
         let _ = output.send(&socket);
     }
+}
+
+/// Of whom it is not known yet who they are.
+fn n_strangers(open: &OpenConnections) -> usize {
+    open.values().filter(|connection| !connection.is_in).count()
+}
+
+fn too_many() -> ErrorReport {
+    ErrorReport::new("53300", "sorry, too many clients already")
 }
 
 /// A connection's place among the open ones, given up when its thread ends.

@@ -201,17 +201,17 @@ fn idle_http_connections_do_not_use_up_the_descriptors() {
     let temp = tempfile::tempdir().expect("a directory");
     let dir = temp.path().join("d");
     expect(&["init", "--data-dir", text(&dir), "--id", "1"], 0, &[]);
-    let refused = run_with_descriptors(140, text(&dir)).output();
+    let refused = run_with_descriptors(340, text(&dir)).output();
     let refused = refused.expect("the command runs");
     assert_eq!(refused.status.code(), Some(1));
     let stderr = String::from_utf8_lossy(&refused.stderr);
     assert!(stderr.contains("max_connections: 100"), "{stderr}");
 
-    let mut command = run_with_descriptors(140, text(&dir));
+    let mut command = run_with_descriptors(340, text(&dir));
     command.args(["--max-connections", "10"]);
     let mut daemon = Daemon::spawn(command);
     // More than it has descriptors, and none of them says a word.
-    let mut idle: Vec<TcpStream> = (0..150)
+    let mut idle: Vec<TcpStream> = (0..350)
         .map(|_| TcpStream::connect(&daemon.http).expect("connected"))
         .collect();
     // Those that were accepted are closed after a while, and so make room for the next.

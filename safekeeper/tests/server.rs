@@ -6,6 +6,8 @@ mod client;
 mod fetch_wal;
 #[path = "server/retention.rs"]
 mod retention;
+#[path = "server/security.rs"]
+mod security;
 #[path = "server/slots.rs"]
 mod slots;
 

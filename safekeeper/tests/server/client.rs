@@ -55,18 +55,26 @@ impl Client {
         Client { socket }
     }
 
-    /// Through the handshake, with these startup parameters beside the user.
-    pub fn connect(address: SocketAddr, parameters: &[(&str, &str)]) -> Result<Client, PgError> {
+    /// A startup packet is sent.
+    pub fn opened_by(address: SocketAddr, user: &str) -> Client {
         let mut client = Client::raw(address);
+        client.send_startup(&[("user", user), ("replication", "true")]);
+        client
+    }
+
+    fn send_startup(&mut self, parameters: &[(&str, &str)]) {
         let mut body = (3u32 << 16).to_be_bytes().to_vec();
-        for (name, value) in [("user", "test"), ("replication", "true")]
-            .iter()
-            .chain(parameters)
-        {
+        for (name, value) in parameters {
             body.extend(format!("{name}\0{value}\0").bytes());
         }
         body.push(0);
-        client.send_raw(&[&(body.len() as u32 + 4).to_be_bytes(), body.as_slice()].concat());
+        self.send_raw(&[&(body.len() as u32 + 4).to_be_bytes(), body.as_slice()].concat());
+    }
+
+    /// Through the handshake, with these startup parameters beside the user.
+    pub fn connect(address: SocketAddr, parameters: &[(&str, &str)]) -> Result<Client, PgError> {
+        let mut client = Client::raw(address);
+        client.send_startup(&[&[("user", "test"), ("replication", "true")], parameters].concat());
         client.until_ready().map(|_| client)
     }
 
@@ -214,7 +222,7 @@ fn is_timeout(error: &std::io::Error) -> bool {
     )
 }
 
-fn parse_error(body: &[u8]) -> PgError {
+pub fn parse_error(body: &[u8]) -> PgError {
     let field = |code: u8| {
         let fields = body.split(|byte| *byte == 0);
         let found = fields
@@ -285,7 +293,11 @@ pub struct Proposer {
 
 impl Proposer {
     pub fn connect(address: SocketAddr, cluster: ClusterIdentity) -> Proposer {
-        let mut client = Client::connect(address, &[]).expect("connected");
+        let client = Client::connect(address, &[]).expect("connected");
+        Proposer::of(client, cluster)
+    }
+
+    fn of(mut client: Client, cluster: ClusterIdentity) -> Proposer {
         client.start("START_WAL_PUSH").expect("pushing");
         Proposer {
             client,
@@ -302,7 +314,16 @@ impl Proposer {
     /// Greets, configures this safekeeper as the only member if need be, and wins a term in which
     /// the log goes on at its end, or begins at [`LOG_START`].
     pub fn lead(address: SocketAddr, cluster: ClusterIdentity) -> Proposer {
-        let mut proposer = Proposer::connect(address, cluster);
+        Proposer::connect(address, cluster).elected()
+    }
+
+    /// The same on a connection that has been let in.
+    pub fn lead_by(client: Client, cluster: ClusterIdentity) -> Proposer {
+        Proposer::of(client, cluster).elected()
+    }
+
+    fn elected(self) -> Proposer {
+        let mut proposer = self;
         let greeting = proposer.greet();
         proposer.term = greeting.term.next().expect("a next term");
         if greeting.configuration.is_none() {

@@ -366,6 +366,24 @@ impl Output {
         self.message(b'R', |out| out.extend_from_slice(&0u32.to_be_bytes()));
     }
 
+    /// `AuthenticationSASL`: the one mechanism that is offered.
+    pub fn authentication_sasl(&mut self, mechanism: &str) {
+        self.message(b'R', |out| {
+            out.extend_from_slice(&10u32.to_be_bytes());
+            put_cstr(out, mechanism);
+            out.push(0);
+        });
+    }
+
+    /// `AuthenticationSASLContinue` or, at the end, `AuthenticationSASLFinal`.
+    pub fn authentication_sasl_data(&mut self, is_final: bool, data: &str) {
+        let code: u32 = if is_final { 12 } else { 11 };
+        self.message(b'R', |out| {
+            out.extend_from_slice(&code.to_be_bytes());
+            out.extend_from_slice(data.as_bytes());
+        });
+    }
+
     pub fn parameter_status(&mut self, name: &str, value: &str) {
         self.message(b'S', |out| {
             put_cstr(out, name);

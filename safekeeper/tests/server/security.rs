@@ -1,0 +1,203 @@
+//! Who is let in, and what they may do there.
+
+use std::io::Write as _;
+
+use safekeeper::config::Config;
+use safekeeper::users::{Role, User, Users};
+use safekeeper_wire::scram::{ClientExchange, Verifier};
+
+use super::client::{Client, PgError, Proposer, cluster};
+use super::{Daemon, some_wal, wait_for};
+
+const RULES: &str = r#"
+    [[access]]
+    user = "banned"
+    method = "reject"
+    [[access]]
+    user = "local"
+    address = "127.0.0.0/8"
+    method = "trust"
+    [[access]]
+    address = "127.0.0.0/8"
+    method = "scram"
+"#;
+
+fn add_user(daemon: &Daemon, name: &str, roles: &[Role], password: &str) {
+    let mut users = Users::load(&daemon.data_dir()).expect("sound");
+    let user = User {
+        name: name.to_owned(),
+        roles: roles.to_vec(),
+        verifier: Verifier::of_password(password),
+    };
+    users.add(user).expect("a new one");
+    users.store(&daemon.data_dir()).expect("stored");
+}
+
+fn daemon() -> Daemon {
+    let mut daemon = Daemon::with(|config| {
+        config.access = Config::from_toml(RULES).expect("valid").access;
+    });
+    add_user(&daemon, "standby", &[Role::Replication], "secret");
+    add_user(&daemon, "primary", &[Role::Proposer], "push");
+    daemon.restart();
+    daemon
+}
+
+/// Begins the exchange; the server's first message, or its error.
+fn begin(client: &mut Client, exchange: &ClientExchange) -> Result<Vec<u8>, PgError> {
+    let (tag, body) = client.receive().expect("a question");
+    assert_eq!((tag, &body[..4]), (b'R', &[0, 0, 0, 10][..]), "{body:?}");
+    assert_eq!(&body[4..], b"SCRAM-SHA-256\0\0");
+    let first = exchange.message();
+    let mut response = b"SCRAM-SHA-256\0".to_vec();
+    response.extend((first.len() as u32).to_be_bytes());
+    response.extend(first);
+    client.send(b'p', &response);
+    answer(client, 11)
+}
+
+fn answer(client: &mut Client, code: u32) -> Result<Vec<u8>, PgError> {
+    match client.receive().expect("an answer") {
+        (b'R', body) => {
+            assert_eq!(body[..4], code.to_be_bytes());
+            Ok(body[4..].to_vec())
+        }
+        (b'E', body) => Err(super::client::parse_error(&body)),
+        other => panic!("unexpected {other:?}"),
+    }
+}
+
+fn log_in(daemon: &Daemon, user: &str, password: &str) -> Result<Client, PgError> {
+    let mut client = Client::opened_by(daemon.address(), user);
+    let mut exchange = ClientExchange::begin(password);
+    let first = begin(&mut client, &exchange)?;
+    exchange.on_server_first(&first).expect("the server's");
+    client.send(b'p', exchange.message());
+    let last = answer(&mut client, 12)?;
+    exchange
+        .on_server_final(&last)
+        .expect("it has the verifier");
+    client.until_ready().map(|_| client)
+}
+
+#[test]
+fn who_proves_the_password_is_let_in_and_nobody_else() {
+    let daemon = daemon();
+    let wal = some_wal(10_000);
+    let mut proposer = Proposer::lead_by(
+        log_in(&daemon, "primary", "push").expect("let in"),
+        cluster(1, "main"),
+    );
+    proposer.append_all(&wal, 100_000);
+    proposer.commit(wal.position());
+    let mut client = log_in(&daemon, "standby", "secret").expect("let in");
+    let rows = client.query("IDENTIFY_SYSTEM").expect("a row");
+    assert_eq!(
+        rows[0][2].as_deref(),
+        Some(wal.position().to_string().as_str())
+    );
+    // Whom there is, and whom there is not, is told the same.
+    let wrong = log_in(&daemon, "standby", "Secret").expect_err("refused");
+    let unknown = log_in(&daemon, "nobody", "secret").expect_err("refused");
+    assert_eq!(wrong.sqlstate, "28P01");
+    assert_eq!(unknown.sqlstate, "28P01");
+    assert_eq!(wrong.message.replace("standby", "nobody"), unknown.message);
+    let refused = |user: &str| {
+        let mut client = Client::opened_by(daemon.address(), user);
+        client.last_words().expect("a reason")
+    };
+    let banned = refused("banned");
+    assert_eq!(banned.sqlstate, "28000");
+    assert!(banned.message.contains("banned"), "{}", banned.message);
+    Client::opened_by(daemon.address(), "local")
+        .until_ready()
+        .expect("trusted");
+}
+
+#[test]
+fn a_role_allows_what_it_is_for() {
+    let daemon = daemon();
+    let mut standby = log_in(&daemon, "standby", "secret").expect("let in");
+    let refused = standby.start("START_WAL_PUSH").expect_err("not a proposer");
+    assert_eq!(refused.sqlstate, "42501");
+    assert!(refused.detail.contains("proposer"), "{}", refused.detail);
+    // A proposer reads, too.
+    let mut primary = log_in(&daemon, "primary", "push").expect("let in");
+    let no_cluster = primary
+        .query("IDENTIFY_SYSTEM")
+        .expect_err("no cluster yet");
+    assert_ne!(no_cluster.sqlstate, "42501");
+    primary.start("START_WAL_PUSH").expect("it may");
+}
+
+#[test]
+fn what_was_overheard_and_what_is_no_answer_opens_nothing() {
+    let daemon = daemon();
+    let mut overheard = ClientExchange::begin("secret");
+    let mut client = Client::opened_by(daemon.address(), "standby");
+    let first = begin(&mut client, &overheard).expect("asked");
+    overheard.on_server_first(&first).expect("the server's");
+    let proof = overheard.message().to_vec();
+    client.send(b'p', &proof);
+    answer(&mut client, 12).expect("right");
+    // The same words again, in an exchange of their own.
+    let mut replayed = Client::opened_by(daemon.address(), "standby");
+    let fresh = ClientExchange::begin("whatever");
+    begin(&mut replayed, &fresh).expect("asked");
+    replayed.send(b'p', &proof);
+    assert_eq!(replayed.last_words().expect("a reason").sqlstate, "08P01");
+    for (tag, body) in [
+        (b'p', &b""[..]),
+        (b'p', b"SCRAM-SHA-256-PLUS\0\0\0\0\x01n"),
+        (b'p', b"SCRAM-SHA-256\0\0\0\0\xFFn,,n=,r=abc"),
+        (b'p', b"SCRAM-SHA-256\0\xFF\xFF\xFF\xFFn,,n=,r=abc"),
+        (b'p', b"SCRAM-SHA-256\0\0\0\0\x04p=x,"),
+        (b'Q', b"IDENTIFY_SYSTEM\0"),
+    ] {
+        let mut client = Client::opened_by(daemon.address(), "standby");
+        client.receive().expect("a question");
+        client.send(tag, body);
+        let words = client.last_words().expect("a reason");
+        assert_eq!(words.sqlstate, "08P01", "{}", words.message);
+    }
+}
+
+#[test]
+fn users_are_read_again_when_told_so() {
+    let daemon = daemon();
+    let server = daemon.server.as_ref().expect("running");
+    add_user(&daemon, "new", &[Role::Replication], "one");
+    log_in(&daemon, "new", "one").expect_err("not known yet");
+    server.reload().expect("sound");
+    log_in(&daemon, "new", "one").expect("known");
+    // A file that is damaged changes nothing.
+    std::fs::write(daemon.data_dir().join("users.toml"), "[[user").expect("written");
+    server.reload().expect_err("damaged");
+    log_in(&daemon, "new", "one").expect("still known");
+}
+
+/// Those who never say who they are do not keep others out: the oldest makes room.
+#[test]
+fn strangers_do_not_keep_others_out() {
+    let daemon = daemon();
+    let silent: Vec<_> = (0..300)
+        .map(|n| {
+            let mut client = Client::raw(daemon.address());
+            if n % 2 == 0 {
+                // The beginning of a startup packet that never ends.
+                let _ = client.socket.write_all(&[0, 0, 0, 100, 0, 3]);
+            }
+            client
+        })
+        .collect();
+    log_in(&daemon, "standby", "secret").expect("there is room");
+    wait_for("the strangers' threads to be few", || {
+        let metrics = daemon.http("/metrics");
+        let count = metrics
+            .lines()
+            .find_map(|line| line.strip_prefix("safekeeper_connections "))
+            .and_then(|count| count.parse::<u64>().ok());
+        count.expect("a count") <= 60
+    });
+    drop(silent);
+}
