@@ -5,10 +5,12 @@
 
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, bounded};
 use safekeeper_protocol::PeerAddress;
+use safekeeper_wire::passfile::{PassfileError, find_password};
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::pgwire::{WireError, start_wal_push};
@@ -22,6 +24,8 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 pub struct Dial {
     pub address: PeerAddress,
     pub user: String,
+    /// Where its password is, as libpq's; read anew for each connection.
+    pub passfile: Option<PathBuf>,
     /// For each address the host name resolves to, and for each message of the handshake.
     pub timeout: Duration,
 }
@@ -32,6 +36,8 @@ pub enum ConnectError {
     Resolve { host: String, source: io::Error },
     #[error("{0}")]
     Connect(io::Error),
+    #[error(transparent)]
+    Passfile(#[from] PassfileError),
     #[error(transparent)]
     Handshake(#[from] WireError),
 }
@@ -53,7 +59,11 @@ pub enum Dialled {
 
 /// Connects on this thread. The stream blocks, with the time-out set for reading and writing.
 pub fn connect(dial: &Dial) -> Result<Connected, ConnectError> {
-    let host = &dial.address.host;
+    let PeerAddress { host, port } = &dial.address;
+    let password = match &dial.passfile {
+        Some(passfile) => find_password(passfile, host, *port, &dial.user)?,
+        None => None,
+    };
     let resolve_error = |source| ConnectError::Resolve {
         host: host.clone(),
         source,
@@ -66,7 +76,7 @@ pub fn connect(dial: &Dial) -> Result<Connected, ConnectError> {
         match TcpStream::connect_timeout(&address, dial.timeout) {
             Ok(mut stream) => {
                 prepare(&stream, dial.timeout).map_err(ConnectError::Connect)?;
-                let round_trip = start_wal_push(&mut stream, &dial.user)?;
+                let round_trip = start_wal_push(&mut stream, &dial.user, password)?;
                 return Ok(Connected { stream, round_trip });
             }
             Err(error) => last_error = Some(error),
@@ -124,6 +134,7 @@ mod tests {
                 port,
             },
             user: "me".into(),
+            passfile: None,
             timeout: Duration::from_millis(300),
         }
     }

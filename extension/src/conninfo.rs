@@ -1,7 +1,7 @@
 //! What all connections to safekeepers have in common: `walproposer.conninfo`, in libpq's words.
 //!
 //! ```text
-//!   user=walproposer connect_timeout=5
+//!   user=walproposer passfile=/etc/postgresql/walproposer.pgpass connect_timeout=5
 //! ```
 //!
 //! `keyword=value`, separated by blanks; a value with blanks stands in single quotes, and in it
@@ -10,13 +10,21 @@
 //! A word that this version would not act upon is an error: `sslmode=require` on a connection that
 //! is not encrypted would be a lie. So are words that libpq doesn't know, and words given twice.
 
+use std::path::PathBuf;
 use std::time::Duration;
+
+use safekeeper_protocol::PeerAddress;
+use safekeeper_wire::passfile::default_passfile;
+
+use crate::connect::Dial;
 
 /// How to connect.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Conninfo {
     /// `None`: the name of the operating system's user, as libpq does it.
     pub user: Option<String>,
+    /// `None`: where libpq looks, `PGPASSFILE` or `.pgpass` at home.
+    pub passfile: Option<PathBuf>,
     /// For each address a host name resolves to, and again for the handshake.
     pub connect_timeout: Duration,
 }
@@ -24,10 +32,23 @@ pub struct Conninfo {
 /// Long enough for a slow handshake, short against an operator's patience.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+impl Conninfo {
+    /// How to reach one safekeeper; `os_user` is who we are.
+    pub fn dial(&self, address: &PeerAddress, os_user: impl FnOnce() -> String) -> Dial {
+        Dial {
+            address: address.clone(),
+            user: self.user.clone().unwrap_or_else(os_user),
+            passfile: self.passfile.clone().or_else(default_passfile),
+            timeout: self.connect_timeout,
+        }
+    }
+}
+
 impl Default for Conninfo {
     fn default() -> Conninfo {
         Conninfo {
             user: None,
+            passfile: None,
             connect_timeout: CONNECT_TIMEOUT,
         }
     }
@@ -54,9 +75,8 @@ pub enum ConninfoError {
 }
 
 /// Words of libpq that later versions will take.
-const NOT_YET: [&str; 7] = [
+const NOT_YET: [&str; 6] = [
     "password",
-    "passfile",
     "sslrootcert",
     "sslcert",
     "sslkey",
@@ -92,6 +112,12 @@ fn apply(conninfo: &mut Conninfo, keyword: &str, value: String) -> Result<(), Co
         }
         "user" => {
             conninfo.user = Some(value);
+            Ok(())
+        }
+        // It is read by other processes, too, in other directories.
+        "passfile" if !value.starts_with('/') => Err(invalid(value, "expected an absolute path")),
+        "passfile" => {
+            conninfo.passfile = Some(value.into());
             Ok(())
         }
         "connect_timeout" => {
@@ -178,8 +204,12 @@ mod tests {
             ("host=a", "unknown keyword \"host\""),
             ("user=a user=b", "keyword \"user\" is given twice"),
             (
-                "passfile=/x",
-                "keyword \"passfile\" is not supported by this version",
+                "passfile=x",
+                "invalid value \"x\" of \"passfile\": expected an absolute path",
+            ),
+            (
+                "sslcert=/x",
+                "keyword \"sslcert\" is not supported by this version",
             ),
             ("user=", "invalid value \"\" of \"user\": expected a name"),
             (

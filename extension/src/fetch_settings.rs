@@ -5,6 +5,7 @@
 //!   safekeepers = ["10.0.0.11:5454", "[2001:db8::3]:5454"]
 //!   cluster_name = "main"
 //!   user = "postgres"
+//!   passfile = "/etc/postgresql/walproposer.pgpass"     if walproposer.conninfo names one
 //! ```
 //!
 //! The command runs without a server to ask: during recovery, or for pg_rewind. So each start leaves
@@ -32,8 +33,9 @@ pub fn store(
     safekeepers: &[PeerAddress],
     cluster_name: &str,
     user: &str,
+    passfile: Option<&Path>,
 ) -> io::Result<()> {
-    let text = text(safekeepers, cluster_name, user);
+    let text = text(safekeepers, cluster_name, user, passfile);
     let path = data_dir.join(FILE_NAME);
     if std::fs::read(&path).is_ok_and(|there| there == text.as_bytes()) {
         return Ok(());
@@ -51,16 +53,23 @@ pub fn store(
     File::open(data_dir)?.sync_all()
 }
 
-fn text(safekeepers: &[PeerAddress], cluster_name: &str, user: &str) -> String {
+fn text(
+    safekeepers: &[PeerAddress],
+    cluster_name: &str,
+    user: &str,
+    passfile: Option<&Path>,
+) -> String {
+    let passfile = passfile.map(|path| format!("passfile = {}\n", quoted(&path.to_string_lossy())));
     let addresses: Vec<_> = safekeepers.iter().map(address).collect();
     format!(
         "# Written by the extension walproposer at each start, for `safekeeper fetch-wal`.\n\
          safekeepers = [{}]\n\
          cluster_name = {}\n\
-         user = {}\n",
+         user = {}\n{}",
         addresses.join(", "),
         quoted(cluster_name),
-        quoted(user)
+        quoted(user),
+        passfile.unwrap_or_default()
     )
 }
 
@@ -99,7 +108,9 @@ mod tests {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join(FILE_NAME);
         let safekeepers = parse_addresses("a:1, [::1]:2").expect("a good list");
-        let store = |name| store(dir.path(), &safekeepers, name, "me").expect("stored");
+        let store = |name| {
+            store(dir.path(), &safekeepers, name, "me", Some(Path::new("/p"))).expect("stored")
+        };
         let inode = || {
             let metadata = std::fs::metadata(&path).expect("there");
             std::os::unix::fs::MetadataExt::ino(&metadata)
@@ -113,6 +124,7 @@ mod tests {
                 "safekeepers = [\"a:1\", \"[::1]:2\"]",
                 "cluster_name = \"a \\\"b\\\" \\\\ \\u000A ü\"",
                 "user = \"me\"",
+                "passfile = \"/p\"",
             ]
         );
         let before = inode();

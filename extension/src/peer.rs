@@ -325,6 +325,7 @@ mod tests {
                 port,
             },
             user: "me".into(),
+            passfile: None,
             timeout: Duration::from_secs(5),
         })
     }

@@ -3,6 +3,7 @@
 //! ```text
 //!   proposer                               safekeeper
 //!     StartupMessage        ─────────►
+//!                           ◄────────►       R, p: a password, if one is asked for (safekeeper_wire::login)
 //!                           ◄─────────       R AuthenticationOk, S ParameterStatus..., K, Z
 //!     Q START_WAL_PUSH      ─────────►
 //!                           ◄─────────       W CopyBothResponse
@@ -24,6 +25,7 @@ use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
 use safekeeper_protocol::codec::MESSAGE_LEN_MAX;
+use safekeeper_wire::login::{Login, LoginError, LoginStep, Password};
 
 const PROTOCOL_VERSION: u32 = 3 << 16;
 
@@ -94,24 +96,26 @@ pub enum WireError {
     Length { kind: u8, len: u32, limit: usize },
     #[error("unexpected message of type 0x{0:02x}")]
     Unexpected(u8),
-    #[error("safekeeper asks for authentication method {0}, which this version does not support")]
-    Authentication(u32),
+    #[error(transparent)]
+    Login(#[from] LoginError),
 }
 
 /// Opens a connection for pushing WAL on a stream that blocks, with a time-out set on it. Not a
 /// byte is read beyond the last message. Returns how long the last question took to be answered, for
 /// which the safekeeper asks no disk.
-pub fn start_wal_push(stream: &mut (impl Read + Write), user: &str) -> Result<Duration, WireError> {
+pub fn start_wal_push(
+    stream: &mut (impl Read + Write),
+    user: &str,
+    password: Option<Password>,
+) -> Result<Duration, WireError> {
     stream.write_all(&startup_message(user))?;
+    let mut login = Login::new(password);
     while let (kind, body) = read_message(stream)?
         && kind != b'Z'
     {
         if kind == b'R' {
-            let code = body
-                .first_chunk()
-                .map_or(u32::MAX, |code| u32::from_be_bytes(*code));
-            if code != 0 {
-                return Err(WireError::Authentication(code));
+            if let LoginStep::Answer(answer) = login.on_request(&body)? {
+                stream.write_all(&message(b'p', &answer))?;
             }
         } else if !matches!(kind, b'S' | b'K' | b'v') {
             return Err(WireError::Unexpected(kind));
@@ -412,7 +416,7 @@ mod tests {
             (b'W', &[0, 0, 0]),
             (b'd', b"first"),
         ]);
-        start_wal_push(&mut peer, "me").expect("a good handshake");
+        start_wal_push(&mut peer, "me", None).expect("a good handshake");
         let heard = String::from_utf8_lossy(&peer.heard).into_owned();
         assert!(
             heard.contains("\0user\0me\0") || heard.contains("user\0me\0"),
@@ -428,8 +432,8 @@ mod tests {
             (vec![(b'E', ERROR)], "no (because)"),
             (vec![], "safekeeper closed the connection"),
             (
-                vec![(b'R', &[0u8, 0, 0, 10][..])],
-                "safekeeper asks for authentication method 10, which this version does not support",
+                vec![(b'R', &b"\0\0\0\x0aSCRAM-SHA-256\0\0"[..])],
+                "a password is asked for, and none is known",
             ),
             (vec![(b'T', &[][..])], "unexpected message of type 0x54"),
             (
@@ -437,7 +441,7 @@ mod tests {
                 "unexpected message of type 0x43",
             ),
         ] {
-            let error = start_wal_push(&mut peer(&messages), "me").expect_err(want);
+            let error = start_wal_push(&mut peer(&messages), "me", None).expect_err(want);
             assert_eq!(error.to_string(), want);
         }
         let mut rubbish = Scripted {
@@ -445,7 +449,7 @@ mod tests {
             piece: 9,
             heard: vec![],
         };
-        let error = start_wal_push(&mut rubbish, "me").expect_err("a length of a gigabyte");
+        let error = start_wal_push(&mut rubbish, "me", None).expect_err("a length of a gigabyte");
         assert!(error.to_string().contains("exceeds the limit"), "{error}");
     }
 

@@ -40,7 +40,6 @@ use safekeeper_protocol::{
 use safekeeper_wal::{WalFormat, canonical_end};
 
 use crate::compare::Comparison;
-use crate::connect::Dial;
 use crate::early_push::EarlyPush;
 use crate::feed::Feed;
 use crate::lag::Lag;
@@ -340,14 +339,8 @@ struct Found {
 }
 
 fn members(settings: &Settings) -> Vec<Member> {
-    let user = settings.conninfo.user.clone();
-    let user = user.unwrap_or_else(postgres::os_user);
     let member = |address: &PeerAddress| Member {
-        peer: Peer::new(Dial {
-            address: address.clone(),
-            user: user.clone(),
-            timeout: settings.conninfo.connect_timeout,
-        }),
+        peer: Peer::new(settings.conninfo.dial(address, postgres::os_user)),
         feed: Feed::default(),
         lag: Lag::default(),
         told_lsn: Lsn::INVALID,

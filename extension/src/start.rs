@@ -40,7 +40,6 @@ use self::candidate::Candidate;
 use self::local_end::LocalEnd;
 use self::message::{FromCandidate, MessageError};
 pub use self::message::{decode_won, encode_won};
-use crate::connect::Dial;
 use crate::local_history::LocalHistory;
 use crate::local_log::{
     forget_reigns, load_local_history, load_timelines, store_local_history, unled_from, wal_format,
@@ -132,6 +131,7 @@ fn leave_fetch_settings(settings: &Settings) {
         &settings.safekeepers,
         &settings.cluster_name,
         &user(settings),
+        settings.conninfo.passfile.as_deref(),
     );
     if let Err(error) = stored {
         postgres::warning(
@@ -235,13 +235,8 @@ fn job(
     let pg_wal = data_dir.join("pg_wal");
     let (timelines, timeline_files) = load_timelines(&pg_wal, control.tli);
     let format = wal_format();
-    let user = user(settings);
-    let timeout = settings.conninfo.connect_timeout;
-    let dials = settings.safekeepers.iter().map(|address| Dial {
-        address: address.clone(),
-        user: user.clone(),
-        timeout,
-    });
+    let dial = |address| settings.conninfo.dial(address, postgres::os_user);
+    let dials = settings.safekeepers.iter().map(dial);
     candidate::Job {
         log: LocalLog {
             history: local.history.clone(),

@@ -17,6 +17,7 @@ use safekeeper::tail::{Form, TailRequest};
 use safekeeper::users::{Role, User, Users};
 use safekeeper_client::follower::FollowerConfig;
 use safekeeper_protocol::{Lsn, MemberId, Tli};
+use safekeeper_wire::passfile::default_passfile;
 use safekeeper_wire::scram::Verifier;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -206,6 +207,9 @@ struct TailArguments {
     cluster: Option<String>,
     #[arg(long, value_name = "NAME", default_value = "safekeeper")]
     user: String,
+    /// Where its password is, as libpq's [default: PGPASSFILE, or ~/.pgpass]
+    #[arg(long, value_name = "FILE")]
+    passfile: Option<PathBuf>,
     #[arg(long, value_enum, default_value_t = TailFormat::Text)]
     output: TailFormat,
 }
@@ -342,6 +346,7 @@ fn tail(arguments: TailArguments) -> Result<(), Failure> {
         follower: FollowerConfig {
             addresses: arguments.from,
             user: arguments.user,
+            passfile: arguments.passfile.or_else(default_passfile),
             application_name: "safekeeper tail".to_owned(),
             cluster: arguments.cluster,
             timeout: TAIL_TIMEOUT,

@@ -166,6 +166,7 @@ fn ask_all(sources: &Sources, question: &Question) -> Receiver<Reply> {
         let config = WalClientConfig {
             address: address.clone(),
             user: sources.user.clone(),
+            passfile: sources.passfile.clone(),
             application_name: "fetch-wal".to_owned(),
             cluster: sources.cluster.clone(),
             timeout: ANSWER_TIMEOUT,

@@ -23,6 +23,7 @@ use std::time::{Duration, Instant};
 use safekeeper_client::wal_client::{ClientError, WalClient, WalClientConfig, WalEvent, WalStream};
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::{PAGE_SIZE, WalDecoder, WalError, WalFormat};
+use safekeeper_wire::passfile::default_passfile;
 
 use crate::keeper::Keeper;
 use crate::segment::{Timelines, wal_format};
@@ -137,6 +138,7 @@ impl Relay {
         let mut client = WalClient::connect(&WalClientConfig {
             address: address.to_owned(),
             user: "safekeeper".to_owned(),
+            passfile: default_passfile(),
             application_name: RELAY_NAME.to_owned(),
             cluster: Some(cluster.system_id.to_string()),
             timeout: ANSWER_TIMEOUT,

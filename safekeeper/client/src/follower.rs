@@ -17,6 +17,7 @@
 //! Positions are reported to the sender: written and flushed is what the caller has been given. So it may
 //! be let go there; a caller that stores WAL should follow by a slot of its own and its own client.
 
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use safekeeper_protocol::{Lsn, Tli};
@@ -36,6 +37,8 @@ pub struct FollowerConfig {
     /// Each `host:port`; asked in turn.
     pub addresses: Vec<String>,
     pub user: String,
+    /// As libpq's; `None`: no password is known.
+    pub passfile: Option<PathBuf>,
     pub application_name: String,
     /// Needed where a safekeeper serves several clusters.
     pub cluster: Option<String>,
@@ -132,6 +135,7 @@ pub enum Turn {
 /// let mut follower = Follower::connect(FollowerConfig {
 ///     addresses: vec!["10.0.0.11:5454".into(), "10.0.0.12:5454".into()],
 ///     user: "pageserver".into(),
+///     passfile: safekeeper_wire::passfile::default_passfile(),
 ///     application_name: "pageserver1".into(),
 ///     cluster: None,
 ///     timeout: Duration::from_secs(10),
@@ -470,6 +474,7 @@ fn greet(config: &FollowerConfig, at: usize) -> Result<Sender, FollowError> {
     let mut client = WalClient::connect(&WalClientConfig {
         address: address.clone(),
         user: config.user.clone(),
+        passfile: config.passfile.clone(),
         application_name: config.application_name.clone(),
         cluster: config.cluster.clone(),
         timeout: config.timeout,

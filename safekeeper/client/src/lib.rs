@@ -4,7 +4,7 @@
 //! [`follower`] follows a cluster's log record by record, wherever it is to be had. It stands on
 //! [`wal_client`], which asks one safekeeper (or a primary: they speak alike) and takes WAL from it.
 //!
-//! Not here yet: TLS and passwords.
+//! Not here yet: TLS.
 
 pub mod follower;
 pub mod wal_client;

@@ -18,15 +18,17 @@
 //! where it enters; WAL that does not go on where the last message ended is an error. After an
 //! error of the connection nothing more can be asked.
 //!
-//! Not here: TLS and passwords, which safekeepers don't ask for yet; whether the WAL is sound; what
-//! is done with it.
+//! Not here: TLS; whether the WAL is sound; what is done with it.
 
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::SegmentSize;
+use safekeeper_wire::login::{Login, LoginError, LoginStep, Password};
+use safekeeper_wire::passfile::{PassfileError, find_password};
 use safekeeper_wire::pgwire::{ErrorReport, Filled, Input, Output, Wait, closed};
 use safekeeper_wire::standby_message::encode_status;
 use safekeeper_wire::startup::{cluster_option, encode_startup};
@@ -46,6 +48,8 @@ pub struct WalClientConfig {
     /// `host:port`.
     pub address: String,
     pub user: String,
+    /// Where its password is, if one is asked for; `None`: nowhere.
+    pub passfile: Option<PathBuf>,
     pub application_name: String,
     /// Needed where a safekeeper serves several clusters.
     pub cluster: Option<String>,
@@ -87,6 +91,10 @@ pub enum ClientError {
     Protocol(String),
     #[error("{0}")]
     Server(ServerError),
+    #[error(transparent)]
+    Login(#[from] LoginError),
+    #[error(transparent)]
+    Passfile(#[from] PassfileError),
 }
 
 impl From<ErrorReport> for ClientError {
@@ -162,10 +170,17 @@ impl WalClient {
         parameters.extend(options.as_deref().map(|options| ("options", options)));
         io::Write::write_all(&mut &self.socket, &encode_startup(&parameters))?;
         let deadline = self.deadline();
+        let mut login = Login::new(password(config)?);
         loop {
             let message = self.next_message(deadline)?;
             match message.tag {
-                b'R' => check_authentication(&message.body)?,
+                b'R' => {
+                    if let LoginStep::Answer(answer) = login.on_request(&message.body)? {
+                        self.output
+                            .message(b'p', |out| out.extend_from_slice(&answer));
+                        self.output.send(&self.socket)?;
+                    }
+                }
                 // The key that opens nothing; "I don't know that option".
                 b'K' | b'v' => {}
                 b'Z' => return Ok(()),
@@ -421,17 +436,18 @@ fn dial(address: &str, timeout: Duration) -> Asked<TcpStream> {
     Err(ClientError::Connect(last_error))
 }
 
-fn check_authentication(body: &[u8]) -> Asked<()> {
-    match body
-        .first_chunk::<4>()
-        .map(|word| u32::from_be_bytes(*word))
-    {
-        Some(0) => Ok(()),
-        Some(method) => Err(invalid(format!(
-            "authentication method {method} is asked for, which is not supported"
-        ))),
-        None => Err(invalid("an authentication request is cut off")),
-    }
+/// The one for this address, if there is any.
+fn password(config: &WalClientConfig) -> Asked<Option<Password>> {
+    let Some(passfile) = &config.passfile else {
+        return Ok(None);
+    };
+    let (host, port) = config
+        .address
+        .rsplit_once(':')
+        .unwrap_or((&config.address, ""));
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let port = port.parse().unwrap_or(0);
+    Ok(find_password(passfile, host, port, &config.user)?)
 }
 
 fn unexpected(tag: u8, place: &str) -> ClientError {

@@ -7,14 +7,16 @@
 //!   safekeepers = ["10.0.0.11:5454", "10.0.0.12:5454", "10.0.0.13:5454"]
 //!   cluster_name = "main"
 //!   user = "postgres"
+//!   passfile = "/etc/walproposer.pgpass"      if walproposer.conninfo names one; else as libpq's
 //! ```
 //!
 //! A later version may say more in it, which is passed over.
 
 use std::fs::File;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use safekeeper_wire::passfile::default_passfile;
 use serde::Deserialize;
 
 use super::FetchRequest;
@@ -31,6 +33,7 @@ pub struct Sources {
     pub addresses: Vec<String>,
     pub cluster: Option<String>,
     pub user: String,
+    pub passfile: Option<PathBuf>,
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -38,6 +41,7 @@ struct NamedByExtension {
     safekeepers: Vec<String>,
     cluster_name: Option<String>,
     user: Option<String>,
+    passfile: Option<PathBuf>,
 }
 
 impl Sources {
@@ -73,6 +77,7 @@ impl Sources {
                 .map(str::to_owned)
                 .or(named.user)
                 .unwrap_or_else(os_user),
+            passfile: named.passfile.or_else(default_passfile),
         })
     }
 }
@@ -182,12 +187,13 @@ mod tests {
             Sources::find(&request(&[]), Some(dir.path()))
         };
         let sources = find(
-            "safekeepers = [\"a:1\", \"[::1]:2\"]\ncluster_name = \"x y\"\nuser = \"u\"\nlater = 1\n",
+            "safekeepers = [\"a:1\", \"[::1]:2\"]\ncluster_name = \"x y\"\nuser = \"u\"\npassfile = \"/p\"\nlater = 1\n",
         );
         let expected = Sources {
             addresses: vec!["a:1".into(), "[::1]:2".into()],
             cluster: Some("x y".into()),
             user: "me".into(),
+            passfile: Some("/p".into()),
         };
         assert_eq!(sources, Ok(expected));
         for text in [

@@ -87,6 +87,7 @@ fn config(address: String) -> WalClientConfig {
     WalClientConfig {
         address,
         user: "me".into(),
+        passfile: None,
         application_name: "test".into(),
         cluster: Some("a b".into()),
         timeout: PATIENCE,
@@ -410,8 +411,12 @@ fn nobody_waits_for_ever() {
 #[test]
 fn a_password_that_is_asked_for_is_named() {
     for (script, what) in [
-        (message(b'R', &[0, 0, 0, 10]), "method 10"),
-        (message(b'R', &[0]), "cut off"),
+        (
+            message(b'R', b"\0\0\0\x0aSCRAM-SHA-256\0\0"),
+            "none is known",
+        ),
+        (message(b'R', &[0, 0, 0, 5, 1, 2, 3, 4]), "MD5"),
+        (message(b'R', &[0]), "invalid authentication"),
         (message(b'W', &[0]), "in the handshake"),
         (
             message(b'E', b"C3D000\0Mno such cluster\0\0"),
