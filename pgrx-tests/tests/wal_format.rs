@@ -37,9 +37,11 @@ fn a_gigabyte_of_wal_reads_as_pg_waldump_reads_it() {
     for _ in 0..4 {
         server.crash_under_load();
     }
-    while server.wal_written() < 1100 * MIB {
+    let mut switches = 0;
+    while switches < 3 || server.wal_written() < 1100 * MIB {
         server.bulk(1);
         server.switch();
+        switches += 1;
     }
     let seen = server.finish_and_compare();
     assert!(seen.bytes >= 1024 * MIB, "{seen:?}");
