@@ -1,7 +1,7 @@
 //! The client's side of being asked who it is: what to answer to each `Authentication...` message.
 //!
 //! ```text
-//!   R 10, mechanisms           ──►   p  the mechanism, first message       (scram.rs)
+//!   R 10, mechanisms           ──►   p  the mechanism, first message       (scram.rs; bound, if it can be)
 //!   R 11, the server's first   ──►   p  proof
 //!   R 12, the server's proof         nothing; only then is R 0 believed
 //!   R 0                              let in
@@ -12,7 +12,8 @@
 use std::fmt;
 use std::io;
 
-use crate::scram::{ClientExchange, MECHANISM};
+use crate::channel::Channel;
+use crate::scram::{ClientBinding, ClientExchange, MECHANISM, MECHANISM_PLUS};
 
 /// A password that does not show in logs.
 #[derive(Clone, PartialEq, Eq)]
@@ -47,9 +48,11 @@ pub enum LoginError {
 }
 
 /// An exchange that may be under way.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Login {
     password: Option<Password>,
+    /// Of the server's certificate (tls.rs); `None` without one.
+    end_point: Option<Vec<u8>>,
     exchange: Option<ClientExchange>,
 }
 
@@ -64,9 +67,10 @@ pub enum LoginStep {
 }
 
 impl Login {
-    pub fn new(password: Option<Password>) -> Login {
+    pub fn new(password: Option<Password>, channel: &Channel) -> Login {
         Login {
             password,
+            end_point: channel.peer_end_point(),
             exchange: None,
         }
     }
@@ -100,16 +104,24 @@ impl Login {
     }
 
     fn begin(&mut self, mechanisms: &[u8]) -> Result<LoginStep, LoginError> {
-        let mut offered = mechanisms.split(|byte| *byte == 0);
-        if !offered.any(|name| name == MECHANISM.as_bytes()) {
+        let offers = |wanted: &str| {
+            let mut offered = mechanisms.split(|byte| *byte == 0);
+            offered.any(|name| name == wanted.as_bytes())
+        };
+        let (mechanism, binding) = match self.end_point.take() {
+            Some(hash) if offers(MECHANISM_PLUS) => (MECHANISM_PLUS, ClientBinding::EndPoint(hash)),
+            Some(_) => (MECHANISM, ClientBinding::NotOffered),
+            None => (MECHANISM, ClientBinding::Impossible),
+        };
+        if !offers(mechanism) {
             return Err(LoginError::Method("another SASL mechanism"));
         }
         let Some(Password(password)) = &self.password else {
             return Err(LoginError::NoPassword);
         };
-        let exchange = ClientExchange::begin(password);
+        let exchange = ClientExchange::begin(password, binding);
         let first = exchange.message();
-        let mut answer = format!("{MECHANISM}\0").into_bytes();
+        let mut answer = format!("{mechanism}\0").into_bytes();
         let len = u32::try_from(first.len()).map_err(|_| LoginError::Malformed)?;
         answer.extend_from_slice(&len.to_be_bytes());
         answer.extend_from_slice(first);
@@ -134,15 +146,24 @@ mod tests {
         }
     }
 
+    fn login(password: Option<&str>) -> Login {
+        Login {
+            password: password.map(|password| Password::new(password.to_owned())),
+            end_point: None,
+            exchange: None,
+        }
+    }
+
     const OFFER: &[u8] = b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0\0";
 
     #[test]
     fn a_server_that_knows_the_password_lets_in() {
-        let mut login = Login::new(Some(Password::new("secret".into())));
+        let mut login = login(Some("secret"));
         let first = answer(login.on_request(&request(10, OFFER)));
         let first = &first[MECHANISM.len() + 5..];
         let verifier = Verifier::of_password("secret");
-        let server = ServerExchange::begin(verifier, true, first).expect("sound");
+        let server = ServerExchange::begin(verifier, true, MECHANISM.as_bytes(), None, first)
+            .expect("sound");
         let request_11 = request(11, server.server_first().as_bytes());
         let proof = answer(login.on_request(&request_11));
         let last = server.finish(&proof).expect("sound").expect("right");
@@ -156,22 +177,22 @@ mod tests {
 
     #[test]
     fn what_cannot_be_answered_is_named() {
-        let login = |code, data: &[u8]| {
-            let refused = Login::default().on_request(&request(code, data));
+        let refusal = |code, data: &[u8]| {
+            let refused = login(None).on_request(&request(code, data));
             refused.expect_err("refused").to_string()
         };
-        assert!(login(10, OFFER).contains("none is known"));
-        assert!(login(10, b"OAUTHBEARER\0\0").contains("another SASL"));
-        assert!(login(3, b"").contains("cleartext"));
-        assert!(login(5, b"salt").contains("MD5"));
-        assert!(login(99, b"").contains("99"));
-        login(11, b"r=x");
-        login(12, b"v=x");
+        assert!(refusal(10, OFFER).contains("none is known"));
+        assert!(refusal(10, b"OAUTHBEARER\0\0").contains("another SASL"));
+        assert!(refusal(3, b"").contains("cleartext"));
+        assert!(refusal(5, b"salt").contains("MD5"));
+        assert!(refusal(99, b"").contains("99"));
+        refusal(11, b"r=x");
+        refusal(12, b"v=x");
         assert!(matches!(
-            Login::default().on_request(b"\0\0"),
+            login(None).on_request(b"\0\0"),
             Err(LoginError::Malformed)
         ));
-        let trusted = Login::new(Some(Password::new("x".into()))).on_request(&request(0, b""));
+        let trusted = login(Some("x")).on_request(&request(0, b""));
         assert_eq!(trusted.expect("let in"), LoginStep::LetIn);
         assert!(!format!("{:?}", Password::new("hunter2".into())).contains("hunter2"));
     }

@@ -14,13 +14,11 @@
 //! a copy. A large frame is read up to its own end and not beyond, so that the next one begins at
 //! the front of an empty buffer and nothing needs to be moved.
 //!
-//! Only [`Input::fill`], [`Output::send`] and [`Output::send_with`] touch the socket: TLS will come to stand there. Not
-//! here: authentication, and what any command means.
+//! Not here: the socket and its encryption (channel.rs), authentication, and what any command means.
 
-use std::io::{self, IoSlice, Write};
-use std::net::TcpStream;
+use std::io::{self, IoSlice};
 
-use rustix::net::RecvFlags;
+use crate::channel::Channel;
 
 /// Longest startup packet and longest message before a command has been accepted, in bytes
 /// (`MAX_STARTUP_PACKET_LENGTH` in `libpq/pqcomm.h`).
@@ -206,26 +204,19 @@ impl Input {
         self.begin < self.end
     }
 
+    /// What has arrived.
+    pub fn arrived(&self) -> &[u8] {
+        &self.buffer[self.begin..self.end]
+    }
+
     /// Forget what has arrived.
     pub fn discard(&mut self) {
         (self.begin, self.end, self.wanted) = (0, 0, 0);
     }
 
     /// Receive once.
-    pub fn fill(&mut self, socket: &TcpStream, wait: Wait) -> io::Result<Filled> {
-        let flags = match wait {
-            Wait::Yes => RecvFlags::empty(),
-            Wait::No => RecvFlags::DONTWAIT,
-        };
-        self.fill_with(|room| {
-            loop {
-                match rustix::net::recv(socket, &mut *room, flags) {
-                    Err(rustix::io::Errno::INTR) => {}
-                    Err(errno) => return Err(errno.into()),
-                    Ok((n, _)) => return Ok(n),
-                }
-            }
-        })
+    pub fn fill(&mut self, channel: &mut Channel, wait: Wait) -> io::Result<Filled> {
+        self.fill_with(|room| channel.receive(room, wait))
     }
 
     /// Take in what `receive` puts at the front of the room it is given: so many bytes, 0 for the
@@ -275,26 +266,14 @@ impl Output {
     }
 
     /// Send all of it, waiting for the peer up to the socket's write timeout.
-    pub fn send(&mut self, mut socket: &TcpStream) -> io::Result<()> {
-        socket.write_all(&self.buffer)?;
-        self.buffer.clear();
-        self.buffer.shrink_to(OUTPUT_KEPT);
-        Ok(())
+    pub fn send(&mut self, channel: &mut Channel) -> io::Result<()> {
+        self.send_with(channel, &[])
     }
 
     /// The same, and behind it bytes that lie elsewhere: the rest of a message begun with
     /// [`Output::copy_data_begin`].
-    pub fn send_with(&mut self, mut socket: &TcpStream, rest: &[u8]) -> io::Result<()> {
-        let mut slices = [IoSlice::new(&self.buffer), IoSlice::new(rest)];
-        let mut slices = &mut slices[..];
-        while slices.iter().any(|slice| !slice.is_empty()) {
-            match socket.write_vectored(slices) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(sent) => IoSlice::advance_slices(&mut slices, sent),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+    pub fn send_with(&mut self, channel: &mut Channel, rest: &[u8]) -> io::Result<()> {
+        channel.send_all(&mut [IoSlice::new(&self.buffer), IoSlice::new(rest)])?;
         self.buffer.clear();
         self.buffer.shrink_to(OUTPUT_KEPT);
         Ok(())
@@ -366,11 +345,13 @@ impl Output {
         self.message(b'R', |out| out.extend_from_slice(&0u32.to_be_bytes()));
     }
 
-    /// `AuthenticationSASL`: the one mechanism that is offered.
-    pub fn authentication_sasl(&mut self, mechanism: &str) {
+    /// `AuthenticationSASL`: the mechanisms that are offered.
+    pub fn authentication_sasl(&mut self, mechanisms: &[&str]) {
         self.message(b'R', |out| {
             out.extend_from_slice(&10u32.to_be_bytes());
-            put_cstr(out, mechanism);
+            for mechanism in mechanisms {
+                put_cstr(out, mechanism);
+            }
             out.push(0);
         });
     }
@@ -489,6 +470,9 @@ fn put_cstr(out: &mut Vec<u8>, text: &str) {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+    use std::net::TcpStream;
+
     use super::*;
     use std::net::TcpListener;
 
@@ -534,6 +518,7 @@ mod tests {
             }
         });
         let (socket, _) = listener.accept().expect("accepted");
+        let mut channel = Channel::from(socket);
         let mut input = Input::default();
         for (i, size) in sizes.into_iter().enumerate() {
             loop {
@@ -543,13 +528,13 @@ mod tests {
                     assert!(frame.body.iter().all(|byte| *byte == i as u8));
                     break;
                 }
-                let filled = input.fill(&socket, Wait::Yes).expect("read");
+                let filled = input.fill(&mut channel, Wait::Yes).expect("read");
                 assert_eq!(filled, Filled::Some);
             }
         }
         writer.join().expect("no panic");
         assert_eq!(
-            input.fill(&socket, Wait::Yes).expect("read"),
+            input.fill(&mut channel, Wait::Yes).expect("read"),
             Filled::Closed
         );
         assert!(!input.is_inside_frame());

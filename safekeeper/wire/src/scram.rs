@@ -17,8 +17,11 @@
 //! Who is unknown is asked all the same, with a salt that is always the same for the same name, so that
 //! nobody learns who is known. The name in the first message does not count: that of the startup packet does.
 //!
-//! Channel binding is not offered. A client that insists on it is refused, and so is one that saw it offered:
-//! somebody between the two would have offered it.
+//! On an encrypted connection the proof can be bound to the server's certificate (`tls-server-end-point`, RFC
+//! 5929), so that whoever stands between the two, with another certificate, can't pass it on:
+//! `SCRAM-SHA-256-PLUS`. Then the first message begins with `p=tls-server-end-point,,`, and `c=` of the last
+//! one has this and a hash of the certificate. A client that could have done so, and was not offered it, says
+//! so by `y,,`; if it was offered, somebody has left it out of what the client saw, and that is the end.
 
 use std::fmt;
 use std::io;
@@ -35,6 +38,11 @@ use crate::pgwire::ErrorReport;
 
 /// The name under which it is offered.
 pub const MECHANISM: &str = "SCRAM-SHA-256";
+/// The same, bound to the server's certificate.
+pub const MECHANISM_PLUS: &str = "SCRAM-SHA-256-PLUS";
+
+/// First message of who binds the proof to the certificate.
+const GS2_BOUND: &str = "p=tls-server-end-point,,";
 
 /// As Postgres's `scram_iterations` by default.
 const ITERATIONS: u32 = 4096;
@@ -139,8 +147,8 @@ pub fn random<const N: usize>() -> io::Result<[u8; N]> {
 pub struct ServerExchange {
     verifier: Verifier,
     is_known: bool,
-    /// Of the client's first message: `n,,` or `y,,`.
-    gs2_header: &'static str,
+    /// What `c=` of the last message must be.
+    binding: Vec<u8>,
     client_first_bare: String,
     server_first: String,
     /// Both halves.
@@ -148,36 +156,45 @@ pub struct ServerExchange {
 }
 
 impl ServerExchange {
-    /// Takes the client's first message. `is_known`: the verifier is of a user that there is.
+    /// Takes the client's first message, for the mechanism that it has chosen. `is_known`: the verifier is of
+    /// a user that there is. `end_point`: what the client sees of our certificate; then the bound mechanism
+    /// has been offered, too.
     pub fn begin(
         verifier: Verifier,
         is_known: bool,
+        mechanism: &[u8],
+        end_point: Option<&[u8]>,
         client_first: &[u8],
     ) -> Result<ServerExchange, ErrorReport> {
         let own_half = random::<NONCE_LEN>().map_err(|error| {
             ErrorReport::new("XX000", "could not make a nonce").detail(error.to_string())
         })?;
-        ServerExchange::begin_with(verifier, is_known, client_first, &STANDARD.encode(own_half))
+        let message = text(client_first)?;
+        let (binding, bare) = match end_point {
+            Some(hash) if mechanism == MECHANISM_PLUS.as_bytes() => {
+                let bare = message.strip_prefix(GS2_BOUND).ok_or_else(|| {
+                    malformed("The first message does not bind the proof to the certificate.")
+                })?;
+                ([GS2_BOUND.as_bytes(), hash].concat(), bare)
+            }
+            offered if mechanism == MECHANISM.as_bytes() => unbound(message, offered.is_some())?,
+            _ => {
+                return Err(ErrorReport::protocol(
+                    "client selected an invalid SASL authentication mechanism",
+                ));
+            }
+        };
+        let own_half = STANDARD.encode(own_half);
+        ServerExchange::begin_with(verifier, is_known, binding, bare, &own_half)
     }
 
     fn begin_with(
         verifier: Verifier,
         is_known: bool,
-        client_first: &[u8],
+        binding: Vec<u8>,
+        bare: &str,
         own_half: &str,
     ) -> Result<ServerExchange, ErrorReport> {
-        let message = text(client_first)?;
-        let (gs2_header, bare) = if let Some(bare) = message.strip_prefix("n,,") {
-            ("n,,", bare)
-        } else if let Some(bare) = message.strip_prefix("y,,") {
-            ("y,,", bare)
-        } else if message.starts_with("p=") {
-            return Err(malformed(
-                "The client insists on channel binding, which was not offered.",
-            ));
-        } else {
-            return Err(malformed("The first message does not begin as one."));
-        };
         let mut attributes = bare.split(',');
         let names_user = attributes.next().is_some_and(|user| user.starts_with("n="));
         let nonce = attributes
@@ -196,7 +213,7 @@ impl ServerExchange {
         Ok(ServerExchange {
             verifier,
             is_known,
-            gs2_header,
+            binding,
             client_first_bare: bare.to_owned(),
             server_first,
             nonce,
@@ -216,7 +233,7 @@ impl ServerExchange {
             .ok_or_else(|| malformed("The last message has no proof."))?;
         let mut attributes = without_proof.split(',');
         let binding = attributes.next().and_then(|c| c.strip_prefix("c="));
-        if binding != Some(STANDARD.encode(self.gs2_header).as_str()) {
+        if binding != Some(STANDARD.encode(&self.binding).as_str()) {
             return Err(malformed(
                 "The channel binding is not that of the first message.",
             ));
@@ -246,6 +263,26 @@ impl ServerExchange {
     }
 }
 
+/// What the last message must repeat, and the rest of the first, of a client that does not bind its proof.
+fn unbound(message: &str, was_offered: bool) -> Result<(Vec<u8>, &str), ErrorReport> {
+    if let Some(bare) = message.strip_prefix("n,,") {
+        Ok((b"n,,".to_vec(), bare))
+    } else if message.starts_with("y,,") && was_offered {
+        Err(malformed(
+            "The client supports SCRAM channel binding but thinks the server does not. However, this server \
+             does support channel binding.",
+        ))
+    } else if let Some(bare) = message.strip_prefix("y,,") {
+        Ok((b"y,,".to_vec(), bare))
+    } else if message.starts_with("p=") {
+        Err(malformed(
+            "The client selected SCRAM-SHA-256 without channel binding, but binds its proof.",
+        ))
+    } else {
+        Err(malformed("The first message does not begin as one."))
+    }
+}
+
 /// Printable, and no comma (RFC 5802, `printable`).
 fn is_nonce(text: &str) -> bool {
     !text.is_empty()
@@ -264,6 +301,17 @@ fn malformed(detail: &str) -> ErrorReport {
     ErrorReport::protocol("malformed SCRAM message").detail(detail)
 }
 
+/// What a client's proof is bound to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ClientBinding {
+    /// Nothing: there is no certificate, or none with a hash.
+    Impossible,
+    /// Nothing: it could have been, but the server has not offered it.
+    NotOffered,
+    /// The hash of the server's certificate.
+    EndPoint(Vec<u8>),
+}
+
 /// The client's end.
 pub struct ClientExchange {
     scram: ScramSha256,
@@ -277,8 +325,13 @@ impl fmt::Debug for ClientExchange {
 }
 
 impl ClientExchange {
-    pub fn begin(password: &str) -> ClientExchange {
-        let scram = ScramSha256::new(password.as_bytes(), ChannelBinding::unsupported());
+    pub fn begin(password: &str, binding: ClientBinding) -> ClientExchange {
+        let binding = match binding {
+            ClientBinding::Impossible => ChannelBinding::unsupported(),
+            ClientBinding::NotOffered => ChannelBinding::unrequested(),
+            ClientBinding::EndPoint(hash) => ChannelBinding::tls_server_end_point(hash),
+        };
+        let scram = ScramSha256::new(password.as_bytes(), binding);
         ClientExchange { scram }
     }
 
@@ -313,9 +366,23 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn begin(
+        verifier: &Verifier,
+        is_known: bool,
+        first: &[u8],
+    ) -> Result<ServerExchange, ErrorReport> {
+        ServerExchange::begin(
+            verifier.clone(),
+            is_known,
+            MECHANISM.as_bytes(),
+            None,
+            first,
+        )
+    }
+
     fn exchange(password: &str, verifier: &Verifier, is_known: bool) -> Result<bool, ErrorReport> {
-        let mut client = ClientExchange::begin(password);
-        let server = ServerExchange::begin(verifier.clone(), is_known, client.message())?;
+        let mut client = ClientExchange::begin(password, ClientBinding::Impossible);
+        let server = begin(verifier, is_known, client.message())?;
         client
             .on_server_first(server.server_first().as_bytes())
             .expect("our own");
@@ -364,7 +431,8 @@ mod tests {
         let server = ServerExchange::begin_with(
             verifier,
             true,
-            b"n,,n=user,r=rOprNGfwEbeRWgbNEkqO",
+            b"n,,".to_vec(),
+            "n=user,r=rOprNGfwEbeRWgbNEkqO",
             "%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0",
         )
         .expect("a first message");
@@ -387,7 +455,7 @@ mod tests {
     #[test]
     fn whoever_tampers_is_noticed() {
         let verifier = Verifier::of_password("secret");
-        let begin = |first: &[u8]| ServerExchange::begin(verifier.clone(), true, first);
+        let begin = |first: &[u8]| begin(&verifier, true, first);
         for first in [
             &b""[..],
             b"n,,",
@@ -409,7 +477,7 @@ mod tests {
             let message = String::from_utf8(client.message().to_vec()).expect("text");
             server.finish(change(message).as_bytes())
         };
-        let new = || ClientExchange::begin("secret");
+        let new = || ClientExchange::begin("secret", ClientBinding::Impossible);
         assert!(matches!(last(&mut new(), &|m| m), Ok(Some(_))));
         assert!(last(&mut new(), &|m| m.replace("c=biws", "c=eSws")).is_err());
         assert!(last(&mut new(), &|m| m.replacen(",r=", ",r=x", 1)).is_err());
@@ -433,11 +501,43 @@ mod tests {
         assert!(last(&mut new(), &|_| said.clone()).is_err());
     }
 
+    /// Over TLS the proof holds for one certificate; and what was offered cannot be taken away unnoticed.
+    #[test]
+    fn a_proof_is_bound_to_the_certificate() {
+        let verifier = Verifier::of_password("secret");
+        let run = |binding: ClientBinding, mechanism: &str, ours: Option<&[u8]>| {
+            let mut client = ClientExchange::begin("secret", binding);
+            let server = ServerExchange::begin(
+                verifier.clone(),
+                true,
+                mechanism.as_bytes(),
+                ours,
+                client.message(),
+            )?;
+            let first = server.server_first().as_bytes().to_vec();
+            client.on_server_first(&first).expect("our own");
+            server.finish(client.message())
+        };
+        let (hash, other) = (vec![1; 32], vec![2; 32]);
+        let bound = || ClientBinding::EndPoint(hash.clone());
+        let right = run(bound(), MECHANISM_PLUS, Some(&hash)).expect("sound");
+        assert!(right.is_some());
+        assert!(run(bound(), MECHANISM_PLUS, Some(&other)).is_err());
+        assert!(run(bound(), MECHANISM_PLUS, None).is_err());
+        assert!(run(bound(), MECHANISM, Some(&hash)).is_err());
+        let unbound = |binding, ours| run(binding, MECHANISM, ours);
+        assert!(unbound(ClientBinding::NotOffered, None).is_ok());
+        assert!(unbound(ClientBinding::NotOffered, Some(&hash)).is_err());
+        assert!(unbound(ClientBinding::Impossible, Some(&hash)).is_ok());
+        assert!(run(ClientBinding::Impossible, MECHANISM_PLUS, Some(&hash)).is_err());
+        assert!(run(ClientBinding::Impossible, "PLAIN", Some(&hash)).is_err());
+    }
+
     #[test]
     fn a_server_that_is_not_ours_is_noticed() {
-        let mut client = ClientExchange::begin("secret");
+        let mut client = ClientExchange::begin("secret", ClientBinding::Impossible);
         assert!(client.on_server_first(b"r=other,s=AAAA,i=4096").is_err());
-        let mut client = ClientExchange::begin("secret");
+        let mut client = ClientExchange::begin("secret", ClientBinding::Impossible);
         let nonce = String::from_utf8(client.message()[3..].to_vec()).expect("text");
         let nonce = nonce.split("r=").nth(1).expect("a nonce").to_owned();
         let many = format!("r={nonce}x,s=AAAA,i=2000000");
@@ -472,12 +572,12 @@ mod tests {
         fn any_bytes_are_an_answer(first in proptest::collection::vec(any::<u8>(), 0..200),
             last in proptest::collection::vec(any::<u8>(), 0..200), text in ".{0,100}") {
             let verifier = Verifier::of_nobody("u", &[1; 32]);
-            let _ = ServerExchange::begin(verifier.clone(), true, &first);
-            let exchange = ServerExchange::begin(verifier, true, b"n,,n=u,r=abc").expect("sound");
+            let _ = begin(&verifier, true, &first);
+            let exchange = begin(&verifier, true, b"n,,n=u,r=abc").expect("sound");
             prop_assert!(!matches!(exchange.finish(&last), Ok(Some(_))));
             let _ = Verifier::parse(&text);
-            let _ = ClientExchange::begin("x").on_server_first(&first);
-            let _ = ClientExchange::begin("x").on_server_final(&last);
+            let _ = ClientExchange::begin("x", ClientBinding::Impossible).on_server_first(&first);
+            let _ = ClientExchange::begin("x", ClientBinding::Impossible).on_server_final(&last);
         }
     }
 }

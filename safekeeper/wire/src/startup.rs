@@ -30,11 +30,20 @@ pub struct Startup {
 /// What a peer may begin with.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Opening {
-    /// It would like encryption, and waits for one byte in answer.
-    Encryption,
+    /// It would like TLS, and waits for one byte in answer.
+    Tls,
+    /// The same with GSSAPI.
+    Gssapi,
     /// It would like a query cancelled; nothing here can be.
     Cancel,
     Startup(Startup),
+}
+
+/// The question whether the server would encrypt, length word included.
+pub fn ssl_request() -> [u8; 8] {
+    let mut packet = [0, 0, 0, 8, 0, 0, 0, 0];
+    packet[4..].copy_from_slice(&CODE_SSL.to_be_bytes());
+    packet
 }
 
 /// The packet with which a client of ours begins, its length word included. `parameters` are names
@@ -75,7 +84,8 @@ fn parse_opening(packet: &[u8]) -> Result<Opening, ErrorReport> {
         .split_first_chunk::<4>()
         .ok_or_else(|| ErrorReport::protocol("startup packet ends too early"))?;
     match u32::from_be_bytes(*code) {
-        CODE_SSL | CODE_GSSENC => Ok(Opening::Encryption),
+        CODE_SSL => Ok(Opening::Tls),
+        CODE_GSSENC => Ok(Opening::Gssapi),
         CODE_CANCEL => Ok(Opening::Cancel),
         version if version >> 16 == 3 => {
             let negotiate = version != PROTOCOL_3_0;
@@ -242,8 +252,8 @@ mod tests {
         assert!(later.negotiate);
         assert_eq!(later.unrecognized, ["_pq_.x"]);
 
-        assert_eq!(parsed(&CODE_SSL.to_be_bytes()), Ok(Opening::Encryption));
-        assert_eq!(parsed(&CODE_GSSENC.to_be_bytes()), Ok(Opening::Encryption));
+        assert_eq!(parsed(&CODE_SSL.to_be_bytes()), Ok(Opening::Tls));
+        assert_eq!(parsed(&CODE_GSSENC.to_be_bytes()), Ok(Opening::Gssapi));
         assert_eq!(parsed(&CODE_CANCEL.to_be_bytes()), Ok(Opening::Cancel));
         for (packet, sqlstate) in [
             (startup_packet(2 << 16, &[("user", "u")]), "0A000"),

@@ -1,0 +1,331 @@
+//! A connection's bytes, in the clear or encrypted: what stands between a socket and the buffers of
+//! pgwire.rs.
+//!
+//! ```text
+//!   client                                  server
+//!     SSLRequest                   ──►
+//!                                  ◄──      'S', or 'N': not here
+//!     TLS handshake                ◄─►
+//!     startup packet, encrypted    ──►
+//! ```
+//!
+//! A client of PostgreSQL 17 may leave out the question (`sslnegotiation=direct`) and begin with the
+//! handshake, in which both then name the protocol, "postgresql".
+//!
+//! TLS itself is rustls; here it is made to look like a socket. One that does not block stays so: what the
+//! kernel does not take is kept, encrypted, and [`Channel::has_output`] says so. What has been decrypted is
+//! handed out before the socket is asked for more, and [`Channel::receive`] gives less than there is room
+//! for only if nothing decrypted is left: so whoever sleeps in poll(2) then misses nothing.
+//!
+//! The end of the stream is believed without TLS's own sign of it: messages have lengths, so nothing can be
+//! cut off unnoticed.
+
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::Instant;
+
+use rustix::net::RecvFlags;
+use rustls::pki_types::ServerName;
+use rustls::{ClientConnection, ServerConfig, ServerConnection};
+
+use crate::pgwire::Wait;
+use crate::startup::ssl_request;
+use crate::tls::{ALPN, ClientTls, TlsError, common_name, end_point};
+
+/// First byte of a TLS handshake; no startup packet begins with it, for it would be too long.
+pub const TLS_HANDSHAKE: u8 = 0x16;
+
+/// One connection.
+#[derive(Debug)]
+pub struct Channel {
+    socket: TcpStream,
+    session: Option<Box<rustls::Connection>>,
+}
+
+impl From<TcpStream> for Channel {
+    /// In the clear.
+    fn from(socket: TcpStream) -> Channel {
+        Channel {
+            socket,
+            session: None,
+        }
+    }
+}
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Channel {
+    /// For what concerns the connection and not its bytes: time-outs, addresses, poll(2).
+    pub fn socket(&self) -> &TcpStream {
+        &self.socket
+    }
+
+    pub fn is_encrypted(&self) -> bool {
+        self.session.is_some()
+    }
+
+    /// The server's side of the handshake, over by `deadline`. `arrived` is what has been read of it
+    /// already. Leaves another read time-out on the socket.
+    pub fn accept_tls(
+        &mut self,
+        config: Arc<ServerConfig>,
+        arrived: &[u8],
+        deadline: Instant,
+    ) -> Result<(), TlsError> {
+        let session = ServerConnection::new(config)?;
+        self.shake_hands(session.into(), arrived, deadline)
+    }
+
+    /// As a client of `host`: asks for encryption, as far as `tls` says so. Leaves another read time-out on
+    /// the socket.
+    pub fn request_tls(
+        &mut self,
+        tls: &ClientTls,
+        host: &str,
+        deadline: Instant,
+    ) -> Result<(), TlsError> {
+        let Some(config) = tls.load()? else {
+            return Ok(());
+        };
+        self.socket.write_all(&ssl_request())?;
+        let mut answer = [0];
+        self.wait_until(deadline)?;
+        self.socket.read_exact(&mut answer).map_err(timed_out)?;
+        match answer {
+            [b'S'] => {}
+            [b'N'] if tls.is_needed() => return Err(TlsError::NotOffered),
+            [b'N'] => return Ok(()),
+            [byte] => return Err(TlsError::Answer(byte)),
+        }
+        let name = match ServerName::try_from(host.to_owned()) {
+            Ok(name) => name,
+            Err(_) if tls.verifies_name() => return Err(TlsError::HostName(host.to_owned())),
+            Err(_) => self.socket.peer_addr()?.ip().into(),
+        };
+        let session = ClientConnection::new(config, name)?;
+        self.shake_hands(session.into(), &[], deadline)
+    }
+
+    fn shake_hands(
+        &mut self,
+        mut session: rustls::Connection,
+        mut arrived: &[u8],
+        deadline: Instant,
+    ) -> Result<(), TlsError> {
+        while session.is_handshaking() {
+            flush(&mut session, &self.socket).map_err(timed_out)?;
+            if !session.wants_read() {
+                continue;
+            }
+            let read = if arrived.is_empty() {
+                self.wait_until(deadline)?;
+                session.read_tls(&mut &self.socket).map_err(timed_out)?
+            } else {
+                session.read_tls(&mut arrived)?
+            };
+            if read == 0 {
+                return Err(TlsError::Io(ErrorKind::UnexpectedEof.into()));
+            }
+            if let Err(error) = session.process_new_packets() {
+                // An alert: the peer may be gone already.
+                let _ = flush(&mut session, &self.socket);
+                return Err(error.into());
+            }
+        }
+        if !arrived.is_empty() {
+            session.read_tls(&mut arrived)?;
+            session.process_new_packets()?;
+        }
+        flush(&mut session, &self.socket).map_err(timed_out)?;
+        self.session = Some(Box::new(session));
+        Ok(())
+    }
+
+    /// From now on the socket waits no longer than that.
+    fn wait_until(&self, deadline: Instant) -> io::Result<()> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            return Err(ErrorKind::TimedOut.into());
+        }
+        self.socket.set_read_timeout(Some(left))
+    }
+
+    /// Both have named the protocol in the handshake.
+    pub fn has_named_protocol(&self) -> bool {
+        let session = self.session.as_ref();
+        session.and_then(|session| session.alpn_protocol()) == Some(ALPN)
+    }
+
+    /// Common name of the certificate that the peer has shown, and that an authority of ours has signed.
+    pub fn peer_name(&self) -> Option<String> {
+        let certificate = self.session.as_ref()?.peer_certificates()?.first()?;
+        common_name(certificate)
+    }
+
+    /// What a client binds its proof to: a hash of the certificate that the peer has shown.
+    /// (RFC 5929, section 4)
+    pub fn peer_end_point(&self) -> Option<Vec<u8>> {
+        let certificate = self.session.as_ref()?.peer_certificates()?.first()?;
+        end_point(certificate)
+    }
+
+    /// Encrypted bytes wait for the socket to take them: [`Write::flush`] when it can.
+    pub fn has_output(&self) -> bool {
+        self.session
+            .as_ref()
+            .is_some_and(|session| session.wants_write())
+    }
+
+    /// Reads once; 0 is the end of the stream. Waits up to the socket's read timeout, if at all.
+    pub fn receive(&mut self, room: &mut [u8], wait: Wait) -> io::Result<usize> {
+        let flags = match wait {
+            Wait::Yes => RecvFlags::empty(),
+            Wait::No => RecvFlags::DONTWAIT,
+        };
+        let mut received = Received {
+            socket: &self.socket,
+            flags,
+        };
+        let Some(session) = &mut self.session else {
+            return received.read(room);
+        };
+        loop {
+            let decrypted = take_decrypted(session, room)?;
+            if decrypted.is_some() {
+                return Ok(decrypted.unwrap_or_default());
+            }
+            session.read_tls(&mut received)?;
+            if let Err(error) = session.process_new_packets() {
+                // An alert: the peer may be gone already.
+                let _ = flush(session, &self.socket);
+                return Err(io::Error::new(ErrorKind::InvalidData, error));
+            }
+        }
+    }
+
+    /// Sends all of it, waiting for the peer up to the socket's write timeout.
+    pub fn send_all(&mut self, mut slices: &mut [IoSlice<'_>]) -> io::Result<()> {
+        while slices.iter().any(|slice| !slice.is_empty()) {
+            let taken = match &mut self.session {
+                None => not_interrupted(|| (&self.socket).write_vectored(slices))?,
+                Some(session) => {
+                    let taken = session.writer().write_vectored(slices)?;
+                    flush(session, &self.socket)?;
+                    taken
+                }
+            };
+            if taken == 0 {
+                return Err(ErrorKind::WriteZero.into());
+            }
+            IoSlice::advance_slices(&mut slices, taken);
+        }
+        Ok(())
+    }
+
+    /// Nothing more will be sent. The peer may be gone already.
+    pub fn end_output(&mut self) {
+        if let Some(session) = &mut self.session {
+            session.send_close_notify();
+            let _ = flush(session, &self.socket);
+        }
+        let _ = self.socket.shutdown(Shutdown::Write);
+    }
+}
+
+impl Read for Channel {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        self.receive(room, Wait::Yes)
+    }
+}
+
+impl Write for Channel {
+    /// `WouldBlock` if nothing was taken.
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let Some(session) = &mut self.session else {
+            return (&self.socket).write_vectored(slices);
+        };
+        flush(session, &self.socket)?;
+        let taken = session.writer().write_vectored(slices)?;
+        match flush(session, &self.socket) {
+            Err(error) if error.kind() != ErrorKind::WouldBlock => Err(error),
+            _ => Ok(taken),
+        }
+    }
+
+    /// `WouldBlock` if something is left.
+    fn flush(&mut self) -> io::Result<()> {
+        match &mut self.session {
+            Some(session) => flush(session, &self.socket),
+            None => Ok(()),
+        }
+    }
+}
+
+/// recv(2), not interrupted.
+struct Received<'a> {
+    socket: &'a TcpStream,
+    flags: RecvFlags,
+}
+
+impl Read for Received<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        not_interrupted(|| {
+            let received = rustix::net::recv(self.socket, &mut *room, self.flags);
+            Ok(received.map(|(n, _)| n)?)
+        })
+    }
+}
+
+/// As much as there is, or as there is room for; `None`: nothing yet.
+fn take_decrypted(session: &mut rustls::Connection, room: &mut [u8]) -> io::Result<Option<usize>> {
+    let mut taken = 0;
+    while taken < room.len() {
+        match session.reader().read(&mut room[taken..]) {
+            Ok(0) => return Ok(Some(taken)),
+            Ok(n) => taken += n,
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => return Ok(Some(taken)),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => break,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok((taken > 0).then_some(taken))
+}
+
+fn flush(session: &mut rustls::Connection, mut socket: &TcpStream) -> io::Result<()> {
+    while session.wants_write() {
+        if not_interrupted(|| session.write_tls(&mut socket))? == 0 {
+            return Err(ErrorKind::WriteZero.into());
+        }
+    }
+    Ok(())
+}
+
+fn not_interrupted(mut call: impl FnMut() -> io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            done => return done,
+        }
+    }
+}
+
+/// What a time-out of a socket is called elsewhere.
+fn timed_out(error: io::Error) -> io::Error {
+    match error.kind() {
+        ErrorKind::WouldBlock => ErrorKind::TimedOut.into(),
+        _ => error,
+    }
+}
+
+#[cfg(test)]
+mod tests;
