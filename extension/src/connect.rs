@@ -1,16 +1,19 @@
-//! Opening a connection to a safekeeper: resolve, connect, shake hands.
+//! Opening a connection to a safekeeper: resolve, connect, encrypt, shake hands.
 //!
 //! All of it may block, a name server most of all, so it runs on a thread of its own (see
 //! `threads.rs`); what comes back is a socket on which the next byte is a message of the codec.
 
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
-use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
 use safekeeper_protocol::PeerAddress;
-use safekeeper_wire::passfile::{PassfileError, find_password};
+use safekeeper_wire::channel::Channel;
+use safekeeper_wire::credentials::Credentials;
+use safekeeper_wire::login::Login;
+use safekeeper_wire::passfile::PassfileError;
+use safekeeper_wire::tls::TlsError;
 use socket2::{SockRef, TcpKeepalive};
 
 use crate::pgwire::{WireError, start_wal_push};
@@ -23,9 +26,7 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug)]
 pub struct Dial {
     pub address: PeerAddress,
-    pub user: String,
-    /// Where its password is, as libpq's; read anew for each connection.
-    pub passfile: Option<PathBuf>,
+    pub credentials: Credentials,
     /// For each address the host name resolves to, and for each message of the handshake.
     pub timeout: Duration,
 }
@@ -37,6 +38,8 @@ pub enum ConnectError {
     #[error("{0}")]
     Connect(io::Error),
     #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
     Passfile(#[from] PassfileError),
     #[error(transparent)]
     Handshake(#[from] WireError),
@@ -44,7 +47,7 @@ pub enum ConnectError {
 
 /// A connection on which the next byte is a message of the codec.
 pub struct Connected {
-    pub stream: TcpStream,
+    pub stream: Channel,
     /// From a question to its answer.
     pub round_trip: Duration,
 }
@@ -60,10 +63,7 @@ pub enum Dialled {
 /// Connects on this thread. The stream blocks, with the time-out set for reading and writing.
 pub fn connect(dial: &Dial) -> Result<Connected, ConnectError> {
     let PeerAddress { host, port } = &dial.address;
-    let password = match &dial.passfile {
-        Some(passfile) => find_password(passfile, host, *port, &dial.user)?,
-        None => None,
-    };
+    let password = dial.credentials.password(host, *port)?;
     let resolve_error = |source| ConnectError::Resolve {
         host: host.clone(),
         source,
@@ -74,9 +74,14 @@ pub fn connect(dial: &Dial) -> Result<Connected, ConnectError> {
     let mut last_error = None;
     for address in addresses {
         match TcpStream::connect_timeout(&address, dial.timeout) {
-            Ok(mut stream) => {
-                prepare(&stream, dial.timeout).map_err(ConnectError::Connect)?;
-                let round_trip = start_wal_push(&mut stream, &dial.user, password)?;
+            Ok(socket) => {
+                prepare(&socket, dial.timeout).map_err(ConnectError::Connect)?;
+                let mut stream = Channel::from(socket);
+                let Credentials { user, tls, .. } = &dial.credentials;
+                stream.request_tls(tls, host, Instant::now() + dial.timeout)?;
+                prepare(stream.socket(), dial.timeout).map_err(ConnectError::Connect)?;
+                let login = Login::new(password, stream.peer_end_point());
+                let round_trip = start_wal_push(&mut stream, user, login)?;
                 return Ok(Connected { stream, round_trip });
             }
             Err(error) => last_error = Some(error),
@@ -103,7 +108,7 @@ pub fn connect_in_background(dial: Dial, waker: Waker) -> io::Result<Receiver<Di
         let connected = connect(&dial)
             .map_err(|error| error.to_string())
             .and_then(|connected| {
-                let unblocked = connected.stream.set_nonblocking(true);
+                let unblocked = connected.stream.socket().set_nonblocking(true);
                 unblocked
                     .map(|()| connected)
                     .map_err(|error| error.to_string())
@@ -133,8 +138,7 @@ mod tests {
                 host: "127.0.0.1".into(),
                 port,
             },
-            user: "me".into(),
-            passfile: None,
+            credentials: Credentials::trusted("me"),
             timeout: Duration::from_millis(300),
         }
     }

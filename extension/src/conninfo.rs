@@ -2,19 +2,22 @@
 //!
 //! ```text
 //!   user=walproposer passfile=/etc/postgresql/walproposer.pgpass connect_timeout=5
+//!   sslmode=verify-full sslrootcert=/etc/ssl/safekeepers.crt
 //! ```
 //!
 //! `keyword=value`, separated by blanks; a value with blanks stands in single quotes, and in it
 //! `\'` and `\\` are a quote and a backslash, as libpq reads it. (`interfaces/libpq/fe-connect.c`)
 //!
-//! A word that this version would not act upon is an error: `sslmode=require` on a connection that
-//! is not encrypted would be a lie. So are words that libpq doesn't know, and words given twice.
+//! A word that this version would not act upon is an error: to pass over `channel_binding=require` would be
+//! a lie. So are words that libpq doesn't know, and words given twice.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use safekeeper_protocol::PeerAddress;
+use safekeeper_wire::credentials::Credentials;
 use safekeeper_wire::passfile::default_passfile;
+use safekeeper_wire::tls::{ClientTls, SslMode};
 
 use crate::connect::Dial;
 
@@ -25,6 +28,7 @@ pub struct Conninfo {
     pub user: Option<String>,
     /// `None`: where libpq looks, `PGPASSFILE` or `.pgpass` at home.
     pub passfile: Option<PathBuf>,
+    pub tls: ClientTls,
     /// For each address a host name resolves to, and again for the handshake.
     pub connect_timeout: Duration,
 }
@@ -37,8 +41,11 @@ impl Conninfo {
     pub fn dial(&self, address: &PeerAddress, os_user: impl FnOnce() -> String) -> Dial {
         Dial {
             address: address.clone(),
-            user: self.user.clone().unwrap_or_else(os_user),
-            passfile: self.passfile.clone().or_else(default_passfile),
+            credentials: Credentials {
+                user: self.user.clone().unwrap_or_else(os_user),
+                passfile: self.passfile.clone().or_else(default_passfile),
+                tls: self.tls.clone(),
+            },
             timeout: self.connect_timeout,
         }
     }
@@ -49,6 +56,7 @@ impl Default for Conninfo {
         Conninfo {
             user: None,
             passfile: None,
+            tls: ClientTls::default(),
             connect_timeout: CONNECT_TIMEOUT,
         }
     }
@@ -64,6 +72,8 @@ pub enum ConninfoError {
     Unknown(String),
     #[error("keyword \"{0}\" is not supported by this version")]
     NotSupported(String),
+    #[error("keyword \"{0}\" is missing, which the others need")]
+    Missing(&'static str),
     #[error("keyword \"{0}\" is given twice")]
     Twice(String),
     #[error("invalid value \"{value}\" of \"{keyword}\": {expected}")]
@@ -75,14 +85,7 @@ pub enum ConninfoError {
 }
 
 /// Words of libpq that later versions will take.
-const NOT_YET: [&str; 6] = [
-    "password",
-    "sslrootcert",
-    "sslcert",
-    "sslkey",
-    "sslcrl",
-    "channel_binding",
-];
+const NOT_YET: [&str; 3] = ["password", "sslcrl", "channel_binding"];
 
 pub fn parse_conninfo(text: &str) -> Result<Conninfo, ConninfoError> {
     let mut conninfo = Conninfo::default();
@@ -97,7 +100,22 @@ pub fn parse_conninfo(text: &str) -> Result<Conninfo, ConninfoError> {
         apply(&mut conninfo, &keyword, value)?;
         seen.push(keyword);
     }
-    Ok(conninfo)
+    let ClientTls {
+        mode,
+        root_cert,
+        cert,
+        key,
+    } = &conninfo.tls;
+    let missing = match mode {
+        SslMode::VerifyCa | SslMode::VerifyFull if root_cert.is_none() => Some("sslrootcert"),
+        _ if cert.is_some() && key.is_none() => Some("sslkey"),
+        _ if key.is_some() && cert.is_none() => Some("sslcert"),
+        _ => None,
+    };
+    match missing {
+        Some(keyword) => Err(ConninfoError::Missing(keyword)),
+        None => Ok(conninfo),
+    }
 }
 
 fn apply(conninfo: &mut Conninfo, keyword: &str, value: String) -> Result<(), ConninfoError> {
@@ -129,12 +147,30 @@ fn apply(conninfo: &mut Conninfo, keyword: &str, value: String) -> Result<(), Co
             conninfo.connect_timeout = Duration::from_secs(seconds);
             Ok(())
         }
-        // What these two ask for is what is done.
-        "sslmode" if matches!(value.as_str(), "disable" | "allow" | "prefer") => Ok(()),
-        "sslmode" => Err(invalid(
-            value,
-            "encryption is not supported by this version",
-        )),
+        "sslmode" => {
+            conninfo.tls.mode = value.parse().map_err(|_| {
+                invalid(
+                    value,
+                    "expected disable, prefer, require, verify-ca or verify-full",
+                )
+            })?;
+            Ok(())
+        }
+        "sslrootcert" | "sslcert" | "sslkey" if !value.starts_with('/') => {
+            Err(invalid(value, "expected an absolute path"))
+        }
+        "sslrootcert" => {
+            conninfo.tls.root_cert = Some(value.into());
+            Ok(())
+        }
+        "sslcert" => {
+            conninfo.tls.cert = Some(value.into());
+            Ok(())
+        }
+        "sslkey" => {
+            conninfo.tls.key = Some(value.into());
+            Ok(())
+        }
         _ if NOT_YET.contains(&keyword) => Err(ConninfoError::NotSupported(keyword.to_owned())),
         _ => Err(ConninfoError::Unknown(keyword.to_owned())),
     }
@@ -194,6 +230,21 @@ mod tests {
     }
 
     #[test]
+    fn encryption_is_as_demanded() {
+        let tls = |text: &str| parse_conninfo(text).expect(text).tls;
+        assert_eq!(tls(""), ClientTls::default());
+        assert_eq!(tls("sslmode=disable"), ClientTls::disabled());
+        let all = tls("sslmode=verify-full sslrootcert=/r sslcert=/c sslkey=/k");
+        let expected = ClientTls {
+            mode: SslMode::VerifyFull,
+            root_cert: Some("/r".into()),
+            cert: Some("/c".into()),
+            key: Some("/k".into()),
+        };
+        assert_eq!(all, expected);
+    }
+
+    #[test]
     fn what_would_not_be_acted_upon_is_an_error() {
         for (text, want) in [
             ("user", "missing \"=\" after \"user\""),
@@ -208,8 +259,24 @@ mod tests {
                 "invalid value \"x\" of \"passfile\": expected an absolute path",
             ),
             (
+                "channel_binding=require",
+                "keyword \"channel_binding\" is not supported by this version",
+            ),
+            (
+                "sslmode=verify-full",
+                "keyword \"sslrootcert\" is missing, which the others need",
+            ),
+            (
                 "sslcert=/x",
-                "keyword \"sslcert\" is not supported by this version",
+                "keyword \"sslkey\" is missing, which the others need",
+            ),
+            (
+                "sslkey=/x",
+                "keyword \"sslcert\" is missing, which the others need",
+            ),
+            (
+                "sslrootcert=x",
+                "invalid value \"x\" of \"sslrootcert\": expected an absolute path",
             ),
             ("user=", "invalid value \"\" of \"user\": expected a name"),
             (
@@ -221,8 +288,9 @@ mod tests {
                 "invalid value \"x\" of \"connect_timeout\": expected 1 to 3600 seconds",
             ),
             (
-                "sslmode=require",
-                "invalid value \"require\" of \"sslmode\": encryption is not supported by this version",
+                "sslmode=allow",
+                "invalid value \"allow\" of \"sslmode\": expected disable, prefer, require, verify-ca or \
+                 verify-full",
             ),
         ] {
             assert_eq!(

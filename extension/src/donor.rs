@@ -14,7 +14,6 @@
 //! The thread ends when the range is read, at the first error, or when the [`Donor`] is dropped.
 
 use std::io::Write;
-use std::net::TcpStream;
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded};
 use safekeeper_protocol::codec::{decode_acceptor_message, encode_proposer_message};
@@ -22,6 +21,8 @@ use safekeeper_protocol::{
     AcceptorMessage, Append, ConfigurationVersion, Lsn, ProposerGreeting, ProposerMessage, Read,
     ReadResponse, Term,
 };
+
+use safekeeper_wire::channel::Channel;
 
 use crate::connect::{Dial, connect};
 use crate::pgwire::{Inbox, Outbox};
@@ -105,7 +106,7 @@ impl Donor {
 }
 
 struct Connection {
-    stream: TcpStream,
+    stream: Channel,
     inbox: Inbox,
 }
 
@@ -243,6 +244,8 @@ mod tests {
         ProposerId, TermHistory,
     };
 
+    use safekeeper_wire::credentials::Credentials;
+
     use crate::threads::waker;
 
     const TERM: Term = Term(7);
@@ -333,8 +336,7 @@ mod tests {
                     host: "127.0.0.1".into(),
                     port,
                 },
-                user: "me".into(),
-                passfile: None,
+                credentials: Credentials::trusted("me"),
                 timeout: Duration::from_secs(5),
             },
             greeting: ProposerGreeting {

@@ -5,7 +5,8 @@
 //!   safekeepers = ["10.0.0.11:5454", "[2001:db8::3]:5454"]
 //!   cluster_name = "main"
 //!   user = "postgres"
-//!   passfile = "/etc/postgresql/walproposer.pgpass"     if walproposer.conninfo names one
+//!   passfile = "/etc/postgresql/walproposer.pgpass"     if walproposer.conninfo names one, and likewise
+//!   sslmode = "verify-full"                             sslrootcert, sslcert, sslkey
 //! ```
 //!
 //! The command runs without a server to ask: during recovery, or for pg_rewind. So each start leaves
@@ -23,6 +24,9 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use safekeeper_protocol::PeerAddress;
+use safekeeper_wire::tls::ClientTls;
+
+use crate::conninfo::Conninfo;
 
 const FILE_NAME: &str = "walproposer.toml";
 const NEW_FILE_NAME: &str = "walproposer.toml.new";
@@ -33,9 +37,9 @@ pub fn store(
     safekeepers: &[PeerAddress],
     cluster_name: &str,
     user: &str,
-    passfile: Option<&Path>,
+    conninfo: &Conninfo,
 ) -> io::Result<()> {
-    let text = text(safekeepers, cluster_name, user, passfile);
+    let text = text(safekeepers, cluster_name, user, conninfo);
     let path = data_dir.join(FILE_NAME);
     if std::fs::read(&path).is_ok_and(|there| there == text.as_bytes()) {
         return Ok(());
@@ -57,19 +61,35 @@ fn text(
     safekeepers: &[PeerAddress],
     cluster_name: &str,
     user: &str,
-    passfile: Option<&Path>,
+    conninfo: &Conninfo,
 ) -> String {
-    let passfile = passfile.map(|path| format!("passfile = {}\n", quoted(&path.to_string_lossy())));
+    let ClientTls {
+        mode,
+        root_cert,
+        cert,
+        key,
+    } = &conninfo.tls;
+    let files: String = [
+        ("passfile", &conninfo.passfile),
+        ("sslrootcert", root_cert),
+        ("sslcert", cert),
+        ("sslkey", key),
+    ]
+    .into_iter()
+    .filter_map(|(name, path)| Some((name, path.as_ref()?)))
+    .map(|(name, path)| format!("{name} = {}\n", quoted(&path.to_string_lossy())))
+    .collect();
     let addresses: Vec<_> = safekeepers.iter().map(address).collect();
     format!(
         "# Written by the extension walproposer at each start, for `safekeeper fetch-wal`.\n\
          safekeepers = [{}]\n\
          cluster_name = {}\n\
-         user = {}\n{}",
+         user = {}\n\
+         sslmode = \"{mode}\"\n\
+         {files}",
         addresses.join(", "),
         quoted(cluster_name),
-        quoted(user),
-        passfile.unwrap_or_default()
+        quoted(user)
     )
 }
 
@@ -102,14 +122,17 @@ fn quoted(text: &str) -> String {
 mod tests {
     use super::*;
     use crate::address::parse_addresses;
+    use crate::conninfo::parse_conninfo;
 
     #[test]
     fn it_is_written_once_and_again_when_it_changes() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join(FILE_NAME);
         let safekeepers = parse_addresses("a:1, [::1]:2").expect("a good list");
+        let conninfo = parse_conninfo("passfile=/p sslmode=verify-ca sslrootcert=/r");
+        let conninfo = conninfo.expect("a good text");
         let store = |name| {
-            store(dir.path(), &safekeepers, name, "me", Some(Path::new("/p"))).expect("stored")
+            store(dir.path(), &safekeepers, name, "me", &conninfo).expect("stored");
         };
         let inode = || {
             let metadata = std::fs::metadata(&path).expect("there");
@@ -124,7 +147,9 @@ mod tests {
                 "safekeepers = [\"a:1\", \"[::1]:2\"]",
                 "cluster_name = \"a \\\"b\\\" \\\\ \\u000A ü\"",
                 "user = \"me\"",
+                "sslmode = \"verify-ca\"",
                 "passfile = \"/p\"",
+                "sslrootcert = \"/r\"",
             ]
         );
         let before = inode();

@@ -16,7 +16,6 @@
 
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read};
-use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
@@ -25,6 +24,8 @@ use safekeeper_protocol::codec::{
     DecodeError, decode_acceptor_message, encode_append, encode_proposer_message,
 };
 use safekeeper_protocol::{AcceptorMessage, Append, ProposerMessage};
+
+use safekeeper_wire::channel::Channel;
 
 use crate::connect::{Connected, Dial, Dialled, connect_in_background};
 use crate::pgwire::{Inbox, Outbox, WireError};
@@ -52,7 +53,7 @@ enum Link {
 }
 
 struct Connection {
-    stream: TcpStream,
+    stream: Channel,
     inbox: Inbox,
     outbox: Outbox,
     since_ms: u64,
@@ -128,7 +129,7 @@ impl Peer {
     /// The open connection's socket, and whether bytes wait to be taken by it.
     pub fn socket(&self) -> Option<(RawFd, bool)> {
         match &self.link {
-            Link::Up(up) => Some((up.stream.as_raw_fd(), !up.outbox.is_empty())),
+            Link::Up(up) => Some((up.stream.socket().as_raw_fd(), up.has_output())),
             _ => None,
         }
     }
@@ -211,7 +212,7 @@ impl Peer {
 
     /// May the proposer be asked for the next Append?
     pub fn can_take_append(&self) -> bool {
-        matches!(&self.link, Link::Up(up) if up.outbox.is_empty())
+        matches!(&self.link, Link::Up(up) if !up.has_output())
     }
 
     /// Sends an Append with its WAL; when [`Peer::can_take_append`] says so.
@@ -285,19 +286,25 @@ impl Peer {
 }
 
 impl Connection {
+    /// Bytes wait to be taken by the socket.
+    fn has_output(&self) -> bool {
+        !self.outbox.is_empty() || self.stream.has_output()
+    }
+
     fn say_goodbye(&mut self, time: Duration) -> io::Result<()> {
         let deadline = Instant::now() + time;
-        self.stream.set_nonblocking(false)?;
-        self.stream.set_write_timeout(Some(time))?;
+        let socket = self.stream.socket();
+        socket.set_nonblocking(false)?;
+        socket.set_write_timeout(Some(time))?;
         self.outbox.drain(&mut self.stream)?;
-        self.stream.shutdown(Shutdown::Write)?;
+        self.stream.end_output();
         let mut answers = [0; 4096];
         loop {
             let rest = deadline.saturating_duration_since(Instant::now());
             if rest.is_zero() {
                 return Ok(());
             }
-            self.stream.set_read_timeout(Some(rest))?;
+            self.stream.socket().set_read_timeout(Some(rest))?;
             if self.stream.read(&mut answers)? == 0 {
                 return Ok(());
             }
@@ -309,12 +316,14 @@ impl Connection {
 mod tests {
     use super::*;
     use std::io::Write;
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     use safekeeper_protocol::codec::encode_acceptor_message;
     use safekeeper_protocol::{
         AppendResponse, ConfigurationVersion, Lsn, PeerAddress, StandbyFeedback, Term, Tli,
     };
+
+    use safekeeper_wire::credentials::Credentials;
 
     use crate::threads::waker;
 
@@ -324,8 +333,7 @@ mod tests {
                 host: "127.0.0.1".into(),
                 port,
             },
-            user: "me".into(),
-            passfile: None,
+            credentials: Credentials::trusted("me"),
             timeout: Duration::from_secs(5),
         })
     }

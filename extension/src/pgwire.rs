@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   proposer                               safekeeper
+//!     SSLRequest            ◄────────►       as sslmode says (safekeeper_wire::channel)
 //!     StartupMessage        ─────────►
 //!                           ◄────────►       R, p: a password, if one is asked for (safekeeper_wire::login)
 //!                           ◄─────────       R AuthenticationOk, S ParameterStatus..., K, Z
@@ -25,7 +26,7 @@ use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::time::{Duration, Instant};
 
 use safekeeper_protocol::codec::MESSAGE_LEN_MAX;
-use safekeeper_wire::login::{Login, LoginError, LoginStep, Password};
+use safekeeper_wire::login::{Login, LoginError, LoginStep};
 
 const PROTOCOL_VERSION: u32 = 3 << 16;
 
@@ -106,10 +107,9 @@ pub enum WireError {
 pub fn start_wal_push(
     stream: &mut (impl Read + Write),
     user: &str,
-    password: Option<Password>,
+    mut login: Login,
 ) -> Result<Duration, WireError> {
     stream.write_all(&startup_message(user))?;
-    let mut login = Login::new(password);
     while let (kind, body) = read_message(stream)?
         && kind != b'Z'
     {
@@ -327,7 +327,11 @@ impl Outbox {
                 taken => self.sent += taken,
             }
         }
-        Ok(true)
+        // What an encrypted stream has taken may not be sent yet.
+        match stream.flush() {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            flushed => flushed.map(|()| true),
+        }
     }
 
     /// Where it begins: its payload goes behind what is there then.
@@ -391,6 +395,11 @@ mod tests {
         }
     }
 
+    /// Who has no password.
+    fn stranger() -> Login {
+        Login::new(None, None)
+    }
+
     fn peer(messages: &[(u8, &[u8])]) -> Scripted {
         let says = messages
             .iter()
@@ -416,7 +425,7 @@ mod tests {
             (b'W', &[0, 0, 0]),
             (b'd', b"first"),
         ]);
-        start_wal_push(&mut peer, "me", None).expect("a good handshake");
+        start_wal_push(&mut peer, "me", stranger()).expect("a good handshake");
         let heard = String::from_utf8_lossy(&peer.heard).into_owned();
         assert!(
             heard.contains("\0user\0me\0") || heard.contains("user\0me\0"),
@@ -441,7 +450,7 @@ mod tests {
                 "unexpected message of type 0x43",
             ),
         ] {
-            let error = start_wal_push(&mut peer(&messages), "me", None).expect_err(want);
+            let error = start_wal_push(&mut peer(&messages), "me", stranger()).expect_err(want);
             assert_eq!(error.to_string(), want);
         }
         let mut rubbish = Scripted {
@@ -449,7 +458,8 @@ mod tests {
             piece: 9,
             heard: vec![],
         };
-        let error = start_wal_push(&mut rubbish, "me", None).expect_err("a length of a gigabyte");
+        let error =
+            start_wal_push(&mut rubbish, "me", stranger()).expect_err("a length of a gigabyte");
         assert!(error.to_string().contains("exceeds the limit"), "{error}");
     }
 

@@ -168,7 +168,7 @@ pub fn define() {
     define_text(
         c"walproposer.conninfo",
         c"How to connect to the safekeepers, in libpq's keyword=value form.",
-        c"Keywords: user, passfile, connect_timeout, sslmode.",
+        c"Keywords: user, passfile, connect_timeout, sslmode, sslrootcert, sslcert, sslkey.",
         &CONNINFO,
         Some(check_conninfo),
     );

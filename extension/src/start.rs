@@ -131,7 +131,7 @@ fn leave_fetch_settings(settings: &Settings) {
         &settings.safekeepers,
         &settings.cluster_name,
         &user(settings),
-        settings.conninfo.passfile.as_deref(),
+        &settings.conninfo,
     );
     if let Err(error) = stored {
         postgres::warning(

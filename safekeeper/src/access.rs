@@ -1,5 +1,5 @@
-//! Who is asked for a password, by address and name: the `[[access]]` tables of the configuration file, as
-//! `pg_hba.conf` is for Postgres.
+//! Who is asked for what, by address, encryption and name: the `[[access]]` tables of the configuration file,
+//! as `pg_hba.conf` is for Postgres.
 //!
 //! ```text
 //!   [[access]]                      the first rule that fits decides; none fits: refused
@@ -9,16 +9,22 @@
 //!   [[access]]
 //!   address = "10.0.0.0/24"         or "all"
 //!   user = "standby1"               or "all"
-//!   method = "scram"                or "trust", "reject"
+//!   tls = true                      only if it is encrypted; false: only if it is not
+//!   method = "scram"                or "cert", "trust", "reject"
 //! ```
 //!
 //! Without any rule everybody is trusted; then only a loopback address may be listened on, unless the
 //! operator says `trust_network`.
 
 use std::net::IpAddr;
+use std::path::Path;
 
 use ipnet::IpNet;
+use safekeeper_wire::tls::{ServerTls, ServerTlsFiles, TlsError};
 use serde::{Deserialize, Deserializer, de::Error as _};
+
+use crate::config::{Config, ConfigError};
+use crate::users::{Users, UsersError};
 
 /// What a rule demands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -28,6 +34,8 @@ pub enum Method {
     Trust,
     /// The password of a user, by SCRAM-SHA-256.
     Scram,
+    /// A certificate whose common name is the user's.
+    Cert,
     /// That they stay out.
     Reject,
 }
@@ -40,14 +48,26 @@ pub struct AccessRule {
     address: Option<IpNet>,
     #[serde(default, deserialize_with = "name")]
     user: Option<String>,
+    tls: Option<bool>,
     method: Method,
 }
 
 impl AccessRule {
-    fn fits(&self, address: IpAddr, user: &str) -> bool {
+    fn fits(&self, address: IpAddr, is_encrypted: bool, user: &str) -> bool {
         self.address
             .is_none_or(|network| network.contains(&address))
+            && self.tls.is_none_or(|tls| tls == is_encrypted)
+            && (is_encrypted || !self.needs_certificate())
             && self.user.as_deref().is_none_or(|name| name == user)
+    }
+
+    /// It fits encrypted connections only.
+    pub fn needs_tls(&self) -> bool {
+        self.tls == Some(true) || self.needs_certificate()
+    }
+
+    pub fn needs_certificate(&self) -> bool {
+        self.method == Method::Cert
     }
 
     /// It lets in somebody from another host who proves nothing.
@@ -60,13 +80,20 @@ impl AccessRule {
 }
 
 /// What is demanded of a user who comes from there; `None`: no rule fits.
-pub fn method_for(rules: &[AccessRule], address: IpAddr, user: &str) -> Option<Method> {
+pub fn method_for(
+    rules: &[AccessRule],
+    address: IpAddr,
+    is_encrypted: bool,
+    user: &str,
+) -> Option<Method> {
     if rules.is_empty() {
         return Some(Method::Trust);
     }
     // An IPv4 host that came by an IPv6 socket.
     let address = address.to_canonical();
-    let rule = rules.iter().find(|rule| rule.fits(address, user));
+    let rule = rules
+        .iter()
+        .find(|rule| rule.fits(address, is_encrypted, user));
     rule.map(|rule| rule.method)
 }
 
@@ -92,6 +119,42 @@ fn network<'de, D: Deserializer<'de>>(value: D) -> Result<Option<IpNet>, D::Erro
 fn name<'de, D: Deserializer<'de>>(value: D) -> Result<Option<String>, D::Error> {
     let name = String::deserialize(value)?;
     Ok((name != "all").then_some(name))
+}
+
+/// Who gets in, and what connections are encrypted with: all that is read again on SIGHUP.
+#[derive(Debug)]
+pub struct AccessControl {
+    pub users: Users,
+    pub rules: Vec<AccessRule>,
+    /// `None`: nothing is encrypted.
+    pub tls: Option<ServerTls>,
+}
+
+/// Why it stays as it is.
+#[derive(Debug, thiserror::Error)]
+pub enum AccessError {
+    #[error(transparent)]
+    Users(#[from] UsersError),
+    #[error("tls: {0}")]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+}
+
+impl AccessControl {
+    pub fn load(data_dir: &Path, config: &Config) -> Result<AccessControl, AccessError> {
+        config.addresses()?;
+        let files = config.tls.clone().map(|files| ServerTlsFiles {
+            cert: files.cert,
+            key: files.key,
+            client_ca: files.client_ca,
+        });
+        Ok(AccessControl {
+            users: Users::load(data_dir)?,
+            rules: config.access.clone(),
+            tls: files.as_ref().map(ServerTls::load).transpose()?,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -125,27 +188,47 @@ mod tests {
             address = "::1/128"
             user = "all"
             method = "scram"
+            [[access]]
+            address = "192.0.2.0/24"
+            method = "cert"
+            [[access]]
+            address = "192.0.2.0/24"
+            tls = false
+            method = "reject"
+            [[access]]
+            address = "198.51.100.0/24"
+            tls = true
+            method = "scram"
             "#,
         );
-        for (address, user, method) in [
-            ("127.0.0.1", "walproposer", Some(Method::Trust)),
-            ("::ffff:127.0.0.1", "walproposer", Some(Method::Trust)),
-            ("127.0.0.1", "standby", None),
-            ("10.0.0.66", "standby", Some(Method::Reject)),
-            ("10.0.0.65", "standby", Some(Method::Scram)),
-            ("10.0.1.65", "standby", None),
-            ("::1", "standby", Some(Method::Scram)),
-            ("fe80::1", "standby", None),
+        for (address, is_encrypted, user, method) in [
+            ("127.0.0.1", false, "walproposer", Some(Method::Trust)),
+            (
+                "::ffff:127.0.0.1",
+                false,
+                "walproposer",
+                Some(Method::Trust),
+            ),
+            ("127.0.0.1", false, "standby", None),
+            ("10.0.0.66", false, "standby", Some(Method::Reject)),
+            ("10.0.0.65", false, "standby", Some(Method::Scram)),
+            ("10.0.1.65", false, "standby", None),
+            ("::1", false, "standby", Some(Method::Scram)),
+            ("fe80::1", false, "standby", None),
+            ("192.0.2.1", true, "standby", Some(Method::Cert)),
+            ("192.0.2.1", false, "standby", Some(Method::Reject)),
+            ("198.51.100.1", true, "standby", Some(Method::Scram)),
+            ("198.51.100.1", false, "standby", None),
         ] {
             let address = address.parse().expect("an address");
             assert_eq!(
-                method_for(&rules, address, user),
+                method_for(&rules, address, is_encrypted, user),
                 method,
                 "{address} {user}"
             );
         }
         let anywhere = "198.51.100.1".parse().expect("an address");
-        assert_eq!(method_for(&[], anywhere, "x"), Some(Method::Trust));
+        assert_eq!(method_for(&[], anywhere, false, "x"), Some(Method::Trust));
     }
 
     #[test]

@@ -17,8 +17,10 @@ use safekeeper::tail::{Form, TailRequest};
 use safekeeper::users::{Role, User, Users};
 use safekeeper_client::follower::FollowerConfig;
 use safekeeper_protocol::{Lsn, MemberId, Tli};
+use safekeeper_wire::credentials::Credentials;
 use safekeeper_wire::passfile::default_passfile;
 use safekeeper_wire::scram::Verifier;
+use safekeeper_wire::tls::{ClientTls, SslMode};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
@@ -156,11 +158,15 @@ enum UserCommand {
         name: String,
         #[arg(long)]
         data_dir: PathBuf,
-        /// proposer: push WAL, as a primary. replication: read it, as a standby. May be given twice.
+        /// What it may do: proposer, push WAL as a primary does; replication, read it as a standby does;
+        /// monitor, look; admin, all but push. May be given several times.
         #[arg(long, required = true, value_enum)]
         role: Vec<Role>,
         #[arg(long, value_name = "FILE")]
         password_file: Option<PathBuf>,
+        /// It comes with a certificate, by a rule with method "cert".
+        #[arg(long, conflicts_with = "password_file")]
+        no_password: bool,
     },
     /// Print users and roles.
     List {
@@ -210,6 +216,17 @@ struct TailArguments {
     /// Where its password is, as libpq's [default: PGPASSFILE, or ~/.pgpass]
     #[arg(long, value_name = "FILE")]
     passfile: Option<PathBuf>,
+    /// disable, prefer, require, verify-ca or verify-full, as libpq's.
+    #[arg(long, env = "PGSSLMODE", value_name = "MODE", default_value = "prefer")]
+    sslmode: SslMode,
+    /// Certificates of the authorities that are trusted.
+    #[arg(long, env = "PGSSLROOTCERT", value_name = "FILE")]
+    sslrootcert: Option<PathBuf>,
+    /// Certificate that is shown to a server that asks for one.
+    #[arg(long, env = "PGSSLCERT", value_name = "FILE", requires = "sslkey")]
+    sslcert: Option<PathBuf>,
+    #[arg(long, env = "PGSSLKEY", value_name = "FILE", requires = "sslcert")]
+    sslkey: Option<PathBuf>,
     #[arg(long, value_enum, default_value_t = TailFormat::Text)]
     output: TailFormat,
 }
@@ -287,13 +304,20 @@ fn user(command: UserCommand) -> Result<(), Failure> {
             data_dir,
             role,
             password_file,
+            no_password,
         } => {
             let mut users = users_of(&data_dir)?;
-            let password = read_password(password_file.as_deref())?;
+            let verifier = match no_password {
+                true => None,
+                false => {
+                    let password = read_password(password_file.as_deref())?;
+                    Some(Verifier::of_password(&password))
+                }
+            };
             let user = User {
                 name,
                 roles: role,
-                verifier: Verifier::of_password(&password),
+                verifier,
             };
             users.add(user).map_err(Failure::failed)?;
             users.store(&data_dir).map_err(Failure::failed)
@@ -345,8 +369,16 @@ fn tail(arguments: TailArguments) -> Result<(), Failure> {
     let request = TailRequest {
         follower: FollowerConfig {
             addresses: arguments.from,
-            user: arguments.user,
-            passfile: arguments.passfile.or_else(default_passfile),
+            credentials: Credentials {
+                user: arguments.user,
+                passfile: arguments.passfile.or_else(default_passfile),
+                tls: ClientTls {
+                    mode: arguments.sslmode,
+                    root_cert: arguments.sslrootcert,
+                    cert: arguments.sslcert,
+                    key: arguments.sslkey,
+                },
+            },
             application_name: "safekeeper tail".to_owned(),
             cluster: arguments.cluster,
             timeout: TAIL_TIMEOUT,
@@ -439,8 +471,10 @@ fn run_daemon(arguments: &RunArguments) -> Result<(), Failure> {
     for signal in signals.forever() {
         let name = match signal {
             SIGHUP => {
-                if let Err(error) = server.reload() {
-                    log::warn!("users stay as they were: {error}");
+                let reloaded = config_of(arguments)
+                    .and_then(|config| server.reload(&config).map_err(Failure::failed));
+                if let Err(Failure { message, .. }) = reloaded {
+                    log::warn!("access control stays as it was: {message}");
                 }
                 continue;
             }

@@ -6,6 +6,8 @@
 //! | `http`              | `127.0.0.1:7676` | where metrics and status are served                       |
 //! | `trust_network`     | `false`          | listen beyond loopback though anybody is let in           |
 //! | `access`            | none             | tables: who is asked for a password (access.rs)           |
+//! | `tls`               | none             | table: `cert`, `key`, `client_ca`; without it nothing is encrypted |
+//! | `peers`             | see credentials.rs | table: as whom other safekeepers are asked for WAL (relay.rs) |
 //! | `max_connections`   | `100`            | connections at a time on `listen`                         |
 //! | `wal_keep_size`     | `1GB`            | WAL kept below commit_lsn that nobody connected needs     |
 //! | `max_wal_keep`      | `64GB`           | WAL kept below commit_lsn whoever needs it; 0 has no bound |
@@ -25,7 +27,7 @@
 //! must get it from elsewhere. It should be well below the size of the disk.
 
 use std::net::{SocketAddr, ToSocketAddrs};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use log::LevelFilter;
@@ -33,11 +35,15 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer};
 
 use crate::access::{AccessRule, keep_strangers_out};
+use crate::credentials::CredentialsEntry;
 use crate::logging::LogFormat;
 use crate::slot_file::SLOTS_MAX;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:5454";
 pub const DEFAULT_HTTP: &str = "127.0.0.1:7676";
+
+/// As whom other safekeepers are asked for WAL, if nothing else is said.
+pub const PEERS_USER: &str = "safekeeper";
 
 /// Tools give their first command at once; who needs longer than a minute only takes a place.
 const FIRST_COMMAND_TIMEOUT: Duration = Duration::from_secs(60);
@@ -62,6 +68,11 @@ pub struct Config {
     pub trust_network: bool,
     /// Who is asked for a password. In the file only.
     pub access: Vec<AccessRule>,
+    /// In the file only.
+    pub tls: Option<TlsFiles>,
+    /// In the file only.
+    #[serde(deserialize_with = "peers")]
+    pub peers: CredentialsEntry,
     pub max_connections: usize,
     /// In bytes.
     #[serde(deserialize_with = "size")]
@@ -85,6 +96,16 @@ pub struct Config {
     pub first_command_timeout: Duration,
 }
 
+/// PEM files for encrypted connections (`safekeeper_wire::tls`).
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsFiles {
+    pub cert: PathBuf,
+    pub key: PathBuf,
+    /// Authorities of clients' certificates.
+    pub client_ca: Option<PathBuf>,
+}
+
 impl Default for Config {
     fn default() -> Config {
         Config {
@@ -92,6 +113,8 @@ impl Default for Config {
             http: DEFAULT_HTTP.into(),
             trust_network: false,
             access: Vec::new(),
+            tls: None,
+            peers: CredentialsEntry::default(),
             max_connections: 100,
             wal_keep_size: 1 << 30,
             max_wal_keep: Some(64 << 30),
@@ -165,6 +188,22 @@ impl Config {
                 self.wal_keep_size
             )));
         }
+        let (has_tls, has_client_ca) = match &self.tls {
+            Some(tls) => (true, tls.client_ca.is_some()),
+            None => (false, false),
+        };
+        for (n, rule) in (1..).zip(&self.access) {
+            if rule.needs_tls() && !has_tls {
+                return Err(ConfigError(format!(
+                    "access: rule {n} is for encrypted connections, and there is no [tls] table"
+                )));
+            }
+            if rule.needs_certificate() && !has_client_ca {
+                return Err(ConfigError(format!(
+                    "access: rule {n} asks for a certificate, and tls.client_ca does not say who may sign one"
+                )));
+            }
+        }
         let listen = resolve("listen", &self.listen)?;
         let http = resolve("http", &self.http)?;
         let is_open = |address: SocketAddr| !address.ip().is_loopback() && !self.trust_network;
@@ -192,6 +231,15 @@ fn resolve(name: &str, text: &str) -> Result<SocketAddr, ConfigError> {
         .map_err(|error| ConfigError(format!("{name}: \"{text}\" is not host:port: {error}")))?
         .next()
         .ok_or_else(|| ConfigError(format!("{name}: \"{text}\" has no address")))
+}
+
+fn peers<'de, D: Deserializer<'de>>(value: D) -> Result<CredentialsEntry, D::Error> {
+    let table = toml::Table::deserialize(value)?;
+    let is_known = |key: &&String| CredentialsEntry::KEYS.contains(&key.as_str());
+    if let Some(key) = table.keys().find(|key| !is_known(key)) {
+        return Err(D::Error::unknown_field(key, &CredentialsEntry::KEYS));
+    }
+    CredentialsEntry::deserialize(table).map_err(D::Error::custom)
 }
 
 /// A number with an optional unit.

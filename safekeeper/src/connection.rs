@@ -1,7 +1,7 @@
 //! One connection: the handshake, then commands, one after another.
 //!
 //! ```text
-//!   SSLRequest / GSSENCRequest ─► 'N', any number of times
+//!   SSLRequest     ─► 'S' and the handshake of TLS, or 'N'             GSSENCRequest ─► 'N'
 //!   startup packet ─► who are you? (authenticate.rs)                   within 10 s altogether
 //!                     AuthenticationOk, parameters, ReadyForQuery
 //!   'Q' command    ─► result or error, ReadyForQuery                   again and again
@@ -15,13 +15,15 @@
 //! Not here: what a proposer and a consumer say to each other
 //! after their command (receive_wal.rs, send_wal.rs).
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{SocketAddr, TcpStream};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::RecvFlags;
+use safekeeper_wire::channel::{Channel, TLS_HANDSHAKE};
 use safekeeper_wire::pgwire::{
     ConnectionError, ErrorReport, Filled, Input, LEN_MAX_UNAUTHENTICATED, Output, Wait, closed,
 };
@@ -58,7 +60,7 @@ impl Clock {
 
 #[derive(Debug)]
 pub struct Connection {
-    pub socket: TcpStream,
+    pub channel: Channel,
     pub input: Input,
     pub output: Output,
     pub clock: Clock,
@@ -76,7 +78,7 @@ impl Connection {
     /// `id` is never used again while the process runs.
     pub fn new(socket: TcpStream, peer: SocketAddr, id: u64, shared: Arc<Shared>) -> Connection {
         Connection {
-            socket,
+            channel: socket.into(),
             input: Input::default(),
             output: Output::default(),
             clock: shared.clock,
@@ -125,21 +127,21 @@ impl Connection {
         };
         self.output.error("FATAL", &report);
         // The peer may be gone already, and this was the last thing to say.
-        let _ = self.output.send(&self.socket);
+        let _ = self.output.send(&mut self.channel);
         self.discard_input();
     }
 
     /// To close a socket with unread input makes the kernel throw away what the peer has not yet
     /// read of our last words. So say that nothing more comes, and read for a moment.
     fn discard_input(&mut self) {
-        let _ = self.socket.shutdown(std::net::Shutdown::Write);
+        self.channel.end_output();
         let deadline = Instant::now() + Duration::from_secs(1);
         while let Some(left) = deadline.checked_duration_since(Instant::now())
             && !left.is_zero()
-            && self.socket.set_read_timeout(Some(left)).is_ok()
+            && self.channel.socket().set_read_timeout(Some(left)).is_ok()
         {
             self.input.discard();
-            match self.input.fill(&self.socket, Wait::Yes) {
+            match self.input.fill(&mut self.channel, Wait::Yes) {
                 Ok(Filled::Some) => {}
                 _ => return,
             }
@@ -147,8 +149,9 @@ impl Connection {
     }
 
     fn serve(&mut self) -> Result<(), ConnectionError> {
-        self.socket.set_nodelay(true)?;
-        self.socket.set_write_timeout(Some(STALL_TIMEOUT))?;
+        self.channel.socket().set_nodelay(true)?;
+        let socket = self.channel.socket();
+        socket.set_write_timeout(Some(STALL_TIMEOUT))?;
         let deadline = Instant::now() + STARTUP_TIMEOUT;
         let Some(startup) = self.handshake(deadline)? else {
             return Ok(());
@@ -158,22 +161,51 @@ impl Connection {
         self.shared.let_in(self.id)?;
         self.greet()?;
         let patience = self.shared.config.first_command_timeout;
-        self.socket.set_read_timeout(Some(patience))?;
+        self.channel.socket().set_read_timeout(Some(patience))?;
         self.wait_for_frame(COMMAND_LEN_MAX)?;
         self.has_spoken = true;
-        self.socket.set_read_timeout(Some(STALL_TIMEOUT))?;
+        self.channel
+            .socket()
+            .set_read_timeout(Some(STALL_TIMEOUT))?;
         self.run_commands()
     }
 
     /// None: the peer only wanted something cancelled.
     fn handshake(&mut self, deadline: Instant) -> Result<Option<Startup>, ConnectionError> {
         loop {
+            if self.input.arrived().first() == Some(&TLS_HANDSHAKE) && self.encrypt(deadline)? {
+                if !self.channel.has_named_protocol() {
+                    return Err(ConnectionError::Fatal(ErrorReport::protocol(
+                        "received direct SSL connection request without ALPN protocol negotiation extension",
+                    )));
+                }
+                continue;
+            }
             match next_opening(&mut self.input).map_err(ConnectionError::Fatal)? {
                 Some(Opening::Startup(startup)) => return Ok(Some(startup)),
                 Some(Opening::Cancel) => return Ok(None),
-                Some(Opening::Encryption) => {
-                    // Neither TLS nor GSSAPI yet; the peer decides whether to go on without.
-                    io::Write::write_all(&mut &self.socket, b"N")?;
+                Some(Opening::Tls | Opening::Gssapi) if self.channel.is_encrypted() => {
+                    return Err(ConnectionError::Fatal(ErrorReport::protocol(
+                        "encryption asked for inside an encrypted connection",
+                    )));
+                }
+                Some(Opening::Tls) if self.shared.access().tls.is_some() => {
+                    // What came along unencrypted may be of somebody in between.
+                    if self.input.is_inside_frame() {
+                        return Err(ConnectionError::Fatal(
+                            ErrorReport::protocol("received unencrypted data after SSL request")
+                                .detail(
+                                    "This could be either a client-software bug or evidence of an attempted \
+                                     man-in-the-middle attack.",
+                                ),
+                        ));
+                    }
+                    self.channel.send_all(&mut [IoSlice::new(b"S")])?;
+                    self.encrypt(deadline)?;
+                }
+                // The peer decides whether to go on without.
+                Some(Opening::Tls | Opening::Gssapi) => {
+                    self.channel.send_all(&mut [IoSlice::new(b"N")])?;
                 }
                 None => {
                     let left = deadline.saturating_duration_since(Instant::now());
@@ -183,11 +215,36 @@ impl Connection {
                             "startup packet did not arrive in time",
                         )));
                     }
-                    self.socket.set_read_timeout(Some(left))?;
-                    if self.input.fill(&self.socket, Wait::Yes)? == Filled::Closed {
+                    self.channel.socket().set_read_timeout(Some(left))?;
+                    if self.input.fill(&mut self.channel, Wait::Yes)? == Filled::Closed {
                         return Err(closed().into());
                     }
                 }
+            }
+        }
+    }
+
+    /// The handshake of TLS, of which the beginning may have arrived. False if there is none here, or was one
+    /// before.
+    fn encrypt(&mut self, deadline: Instant) -> Result<bool, ConnectionError> {
+        let access = self.shared.access();
+        let Some(tls) = access.tls.as_ref().filter(|_| !self.channel.is_encrypted()) else {
+            return Ok(false);
+        };
+        let arrived = self.input.arrived().to_vec();
+        self.input.discard();
+        let accepted = self
+            .channel
+            .accept_tls(tls.config.clone(), &arrived, deadline);
+        match accepted {
+            Ok(()) => Ok(true),
+            // The peer has been told by TLS's own alert, if at all.
+            Err(error) => {
+                log::warn!(
+                    "could not accept an encrypted connection: {error} from={}",
+                    self.peer
+                );
+                Err(ConnectionError::Lost(io::Error::other(error)))
             }
         }
     }
@@ -293,11 +350,17 @@ impl Connection {
         }
     }
 
-    /// A proposer reads, too: from a donor.
     fn check_role(&self, command: &ReplicationCommand) -> Result<(), ConnectionError> {
         let (needed, what) = match command {
             ReplicationCommand::StartWalPush => (&[Role::Proposer][..], "push WAL"),
-            _ => (&[Role::Replication, Role::Proposer][..], "read WAL"),
+            ReplicationCommand::IdentifySystem
+            | ReplicationCommand::Show(_)
+            | ReplicationCommand::ReadReplicationSlot(_) => (&Role::ALL[..], "look"),
+            // A proposer reads, too: from a donor.
+            _ => (
+                &[Role::Replication, Role::Proposer, Role::Admin][..],
+                "read WAL",
+            ),
         };
         if needed.iter().any(|role| self.roles.contains(role)) {
             return Ok(());
@@ -339,10 +402,13 @@ impl Connection {
 
     /// The peer has not closed its side. For whoever waits for something else.
     pub fn is_peer_there(&self) -> bool {
-        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
-        match rustix::net::recv(&self.socket, &mut [0; 1][..], flags) {
-            Ok((_, len)) => len > 0,
-            Err(errno) => errno == Errno::AGAIN || errno == Errno::INTR,
+        let mut fds = [PollFd::from_borrowed_fd(
+            self.channel.as_fd(),
+            PollFlags::RDHUP,
+        )];
+        match poll(&mut fds, Some(&Timespec::default())) {
+            Ok(_) => fds[0].revents().is_empty(),
+            Err(errno) => errno == Errno::INTR,
         }
     }
 
@@ -350,12 +416,12 @@ impl Connection {
         if self.output.is_empty() {
             return Ok(());
         }
-        Ok(self.output.send(&self.socket)?)
+        Ok(self.output.send(&mut self.channel)?)
     }
 
     /// The same, and then `rest`, to which the last message was begun.
     pub fn send_with(&mut self, rest: &[u8]) -> Result<(), ConnectionError> {
-        Ok(self.output.send_with(&self.socket, rest)?)
+        Ok(self.output.send_with(&mut self.channel, rest)?)
     }
 
     /// Sleep until something new has arrived, unless there is something already. A message that
@@ -366,7 +432,7 @@ impl Connection {
             .has_frame(len_max)
             .map_err(ConnectionError::Fatal)?
         {
-            match self.input.fill(&self.socket, Wait::Yes)? {
+            match self.input.fill(&mut self.channel, Wait::Yes)? {
                 Filled::Some => {}
                 Filled::Closed => return Err(closed().into()),
                 Filled::Nothing if self.input.is_inside_frame() => {

@@ -165,8 +165,7 @@ fn ask_all(sources: &Sources, question: &Question) -> Receiver<Reply> {
     for address in &sources.addresses {
         let config = WalClientConfig {
             address: address.clone(),
-            user: sources.user.clone(),
-            passfile: sources.passfile.clone(),
+            credentials: sources.credentials.clone(),
             application_name: "fetch-wal".to_owned(),
             cluster: sources.cluster.clone(),
             timeout: ANSWER_TIMEOUT,

@@ -21,6 +21,7 @@ mod write_order;
 // Leaves: what others are told, and how.
 pub mod access;
 pub mod config;
+pub mod credentials;
 pub mod logging;
 pub mod metrics;
 pub mod replication_command;

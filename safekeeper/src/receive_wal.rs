@@ -121,7 +121,7 @@ impl Push<'_> {
         let mut taken = 0;
         let next = loop {
             let Some(frame) = connection.input.next_frame(FRAME_LEN_MAX).map_err(fatal)? else {
-                if connection.input.fill(&connection.socket, Wait::No)? == Filled::Some {
+                if connection.input.fill(&mut connection.channel, Wait::No)? == Filled::Some {
                     continue;
                 }
                 break Next::Answer;

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use safekeeper_client::wal_client::{ClientError, WalClient, WalClientConfig, WalEvent, WalStream};
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::{PAGE_SIZE, WalDecoder, WalError, WalFormat};
-use safekeeper_wire::passfile::default_passfile;
+use safekeeper_wire::credentials::Credentials;
 
 use crate::keeper::Keeper;
 use crate::segment::{Timelines, wal_format};
@@ -85,6 +85,7 @@ impl Relay {
     /// `tried`, where those go who are asked. None if nobody has it.
     pub fn open(
         keeper: &Keeper,
+        credentials: &Credentials,
         tli: Tli,
         range: &Range<Lsn>,
         tried: &mut Vec<String>,
@@ -95,7 +96,7 @@ impl Relay {
                 continue;
             }
             tried.push(address.clone());
-            match Relay::open_from(keeper, &address, tli, range) {
+            match Relay::open_from(keeper, credentials, &address, tli, range) {
                 Ok(relay) => {
                     log::info!(
                         "relays WAL that is not here any more cluster={name} peer={address} begin_lsn={begin}"
@@ -112,16 +113,17 @@ impl Relay {
 
     fn open_from(
         keeper: &Keeper,
+        credentials: &Credentials,
         address: &str,
         tli: Tli,
         range: &Range<Lsn>,
     ) -> Result<Relay, RelayError> {
         let page = range.start.segment_start(PAGE_SIZE);
-        match Relay::open_at(keeper, address, tli, range, page) {
+        match Relay::open_at(keeper, credentials, address, tli, range, page) {
             // No page begins there: it lies inside the zeros behind a switch record.
             Err(RelayError::Damaged(_)) => {
                 let segment = range.start.segment_start(keeper.cluster().segment_size);
-                Relay::open_at(keeper, address, tli, range, segment)
+                Relay::open_at(keeper, credentials, address, tli, range, segment)
             }
             other => other,
         }
@@ -129,6 +131,7 @@ impl Relay {
 
     fn open_at(
         keeper: &Keeper,
+        credentials: &Credentials,
         address: &str,
         tli: Tli,
         range: &Range<Lsn>,
@@ -137,8 +140,7 @@ impl Relay {
         let cluster = keeper.cluster();
         let mut client = WalClient::connect(&WalClientConfig {
             address: address.to_owned(),
-            user: "safekeeper".to_owned(),
-            passfile: default_passfile(),
+            credentials: credentials.clone(),
             application_name: RELAY_NAME.to_owned(),
             cluster: Some(cluster.system_id.to_string()),
             timeout: ANSWER_TIMEOUT,

@@ -50,6 +50,7 @@ use safekeeper_wire::standby_message::{
     STANDBY_MESSAGE_LEN_MAX, StandbyMessage, decode_standby_message, invalid_tag, postgres_time,
 };
 
+use crate::config::PEERS_USER;
 use crate::connection::{Connection, STALL_TIMEOUT};
 use crate::consumers::{Attached, ConsumerState};
 use crate::keeper::{Keeper, Reader};
@@ -339,14 +340,17 @@ fn start_replication(
     connection.output.copy_both();
     connection.send()?;
     let timeout = connection.shared.config.wal_sender_timeout;
-    connection.socket.set_write_timeout(timeout)?;
+    connection.channel.socket().set_write_timeout(timeout)?;
     let ended = sender.stream(connection);
     // Last words wait no longer for a full socket than WAL did.
     let patience = match &ended {
         Ok(()) => STALL_TIMEOUT,
         Err(_) => timeout.map_or(STALL_TIMEOUT, |timeout| timeout.min(STALL_TIMEOUT)),
     };
-    connection.socket.set_write_timeout(Some(patience))?;
+    connection
+        .channel
+        .socket()
+        .set_write_timeout(Some(patience))?;
     log::info!(
         "streaming ended from={} application_name={} cluster={} tli={tli} sent_lsn={}",
         connection.peer(),
@@ -501,7 +505,15 @@ impl Sender<'_> {
         let range = self.sent_lsn..limit.min(oldest_lsn);
         let relay = self.relay.take().or_else(|| {
             let relays = relay::is_relayed(&connection.startup.application_name);
-            relays.then(|| Relay::open(self.keeper, self.tli, &range, &mut self.tried_peers))?
+            relays.then(|| {
+                let credentials = connection
+                    .shared
+                    .config
+                    .peers
+                    .credentials(|| PEERS_USER.to_owned());
+                let tried = &mut self.tried_peers;
+                Relay::open(self.keeper, &credentials, self.tli, &range, tried)
+            })?
         });
         let Some(mut relay) = relay else {
             return Ok(false);
@@ -566,7 +578,7 @@ impl Sender<'_> {
         while self.receiving {
             let next = connection.input.next_frame(STANDBY_MESSAGE_LEN_MAX);
             let Some(frame) = next.map_err(ConnectionError::Fatal)? else {
-                match connection.input.fill(&connection.socket, Wait::No)? {
+                match connection.input.fill(&mut connection.channel, Wait::No)? {
                     Filled::Some => continue,
                     Filled::Nothing => return Ok(()),
                     Filled::Closed => return Err(closed().into()),
@@ -678,7 +690,7 @@ impl Sender<'_> {
                 })
             });
             let mut fds = [
-                PollFd::from_borrowed_fd(connection.socket.as_fd(), PollFlags::IN),
+                PollFd::from_borrowed_fd(connection.channel.as_fd(), PollFlags::IN),
                 PollFd::from_borrowed_fd(self.attached.wake_fd(), PollFlags::IN),
             ];
             match poll(&mut fds, timeout.as_ref()) {

@@ -15,13 +15,14 @@ use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use safekeeper_wire::pgwire::{ConnectionError, ErrorReport, Output};
 use safekeeper_wire::scram::random;
 
+use crate::access::{AccessControl, AccessError};
 use crate::clusters::Clusters;
 use crate::config::{Config, ConfigError};
 use crate::connection::{Clock, Connection};
@@ -31,7 +32,6 @@ use crate::http::HttpServer;
 use crate::identity::DataDir;
 use crate::metrics::Metrics;
 use crate::retention::Retention;
-use crate::users::{Users, UsersError};
 
 /// How far commit_lsn in the control file lags behind at most.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(1);
@@ -65,7 +65,7 @@ pub enum StartError {
     #[error("could not get random bytes: {0}")]
     Random(io::Error),
     #[error(transparent)]
-    Users(#[from] UsersError),
+    Access(#[from] AccessError),
     #[error(transparent)]
     Storage(#[from] StorageError),
 }
@@ -79,7 +79,7 @@ pub struct Shared {
     pub clock: Clock,
     /// For asking those who are nobody (see scram.rs).
     pub secret: [u8; 32],
-    users: RwLock<Users>,
+    access: RwLock<Arc<AccessControl>>,
     stopping: AtomicBool,
     /// By the number of the connection.
     open: Mutex<BTreeMap<u64, OpenConnection>>,
@@ -102,8 +102,10 @@ struct OpenConnection {
 type OpenConnections = BTreeMap<u64, OpenConnection>;
 
 impl Shared {
-    pub fn users(&self) -> RwLockReadGuard<'_, Users> {
-        self.users.read().unwrap_or_else(PoisonError::into_inner)
+    /// As it is now; a connection that has come in stays.
+    pub fn access(&self) -> Arc<AccessControl> {
+        let access = self.access.read().unwrap_or_else(PoisonError::into_inner);
+        access.clone()
     }
 
     /// The peer of connection `id` has shown who it is. An error if there is no room for it.
@@ -166,7 +168,7 @@ impl Server {
         // Both addresses before anything else: the usual mistake is that one is taken.
         let listener = bind(listen)?;
         let http_listener = bind(http)?;
-        let users = Users::load(data_dir.path())?;
+        let access = AccessControl::load(data_dir.path(), &config)?;
         let metrics = Arc::new(Metrics::default());
         let clusters = Clusters::open(&data_dir, metrics.clone())?;
         let shared = Arc::new(Shared {
@@ -175,7 +177,7 @@ impl Server {
             metrics,
             clock: Clock::start(),
             secret: random().map_err(StartError::Random)?,
-            users: RwLock::new(users),
+            access: RwLock::new(Arc::new(access)),
             stopping: AtomicBool::new(false),
             open: Mutex::default(),
             changed: Condvar::new(),
@@ -207,16 +209,29 @@ impl Server {
         })
     }
 
-    /// Reads the users again. On an error they stay as they were.
-    pub fn reload(&self) -> Result<(), UsersError> {
-        let users = Users::load(self.data_dir.path())?;
-        let n_users = users.list().len();
-        let mut current = self.shared.users.write();
+    /// Reads users and certificates again, and takes the rules of `config`. On an error all of it stays as it
+    /// was.
+    pub fn reload(&self, config: &Config) -> Result<(), AccessError> {
+        let access = AccessControl::load(self.data_dir.path(), config)?;
+        log::info!(
+            "access control reloaded n_users={} n_rules={} tls={}",
+            access.users.list().len(),
+            access.rules.len(),
+            access.tls.is_some()
+        );
+        let mut current = self.shared.access.write();
         let current = current
             .as_mut()
             .unwrap_or_else(|poisoned| poisoned.get_mut());
-        **current = users;
-        log::info!("users reloaded n_users={n_users}");
+        **current = Arc::new(access);
+        let in_effect = Config {
+            access: config.access.clone(),
+            tls: config.tls.clone(),
+            ..self.shared.config.clone()
+        };
+        if in_effect != *config {
+            log::warn!("other settings were changed, too; they take effect at the next start");
+        }
         Ok(())
     }
 
@@ -349,7 +364,7 @@ fn refuse(shared: &Shared, socket: TcpStream, peer: SocketAddr) {
     output.error("FATAL", &too_many());
     // The accepting thread waits for nobody; a new socket has room for this.
     if socket.set_nonblocking(true).is_ok() {
-        let _ = output.send(&socket);
+        let _ = output.send(&mut socket.into());
     }
 }
 

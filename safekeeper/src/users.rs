@@ -37,10 +37,19 @@ pub enum Role {
     Proposer,
     /// Read WAL as a standby does, and have replication slots.
     Replication,
+    /// See how far the log has come, and settings, and slots.
+    Monitor,
+    /// What all others may but push WAL.
+    Admin,
 }
 
 impl Role {
-    pub const ALL: [Role; 2] = [Role::Proposer, Role::Replication];
+    pub const ALL: [Role; 4] = [
+        Role::Proposer,
+        Role::Replication,
+        Role::Monitor,
+        Role::Admin,
+    ];
 }
 
 impl Display for Role {
@@ -48,6 +57,8 @@ impl Display for Role {
         f.write_str(match self {
             Role::Proposer => "proposer",
             Role::Replication => "replication",
+            Role::Monitor => "monitor",
+            Role::Admin => "admin",
         })
     }
 }
@@ -56,7 +67,8 @@ impl Display for Role {
 pub struct User {
     pub name: String,
     pub roles: Vec<Role>,
-    pub verifier: Verifier,
+    /// `None`: it has no password, and comes with a certificate.
+    pub verifier: Option<Verifier>,
 }
 
 /// As it stands in the file.
@@ -65,7 +77,8 @@ pub struct User {
 struct UserEntry {
     name: String,
     roles: Vec<Role>,
-    verifier: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    verifier: Option<String>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -129,8 +142,11 @@ impl Users {
         let mut users = Users::default();
         for entry in file.user {
             // What stands there is not repeated: a log is read by many.
-            let verifier = Verifier::parse(&entry.verifier)
-                .ok_or_else(|| format!("user \"{}\" has an invalid verifier", entry.name))?;
+            let parsed = entry.verifier.as_deref().map(|text| {
+                Verifier::parse(text)
+                    .ok_or_else(|| format!("user \"{}\" has an invalid verifier", entry.name))
+            });
+            let verifier = parsed.transpose()?;
             let user = User {
                 name: entry.name,
                 roles: entry.roles,
@@ -146,7 +162,7 @@ impl Users {
         let entry = |user: &User| UserEntry {
             name: user.name.clone(),
             roles: user.roles.clone(),
-            verifier: user.verifier.to_text(),
+            verifier: user.verifier.as_ref().map(Verifier::to_text),
         };
         let file = UsersFile {
             user: self.users.iter().map(entry).collect(),
@@ -211,7 +227,7 @@ mod tests {
         User {
             name: name.to_owned(),
             roles: vec![Role::Replication],
-            verifier: Verifier::of_password("secret"),
+            verifier: Some(Verifier::of_password("secret")),
         }
     }
 
@@ -223,6 +239,7 @@ mod tests {
         users.add(user("standby")).expect("new");
         let strange = User {
             roles: Role::ALL.to_vec(),
+            verifier: None,
             ..user("quote \" and line\n")
         };
         users.add(strange).expect("new");
@@ -265,6 +282,7 @@ mod tests {
         assert!(Users::parse(&good).is_ok());
         for text in [
             "[[user]]\nname = \"a\"",
+            "[[user]]\nroles = [\"proposer\"]",
             "users = 1",
             "[",
             &entry("a", "king", &verifier),

@@ -10,6 +10,8 @@ mod retention;
 mod security;
 #[path = "server/slots.rs"]
 mod slots;
+#[path = "server/tls.rs"]
+mod tls;
 
 use std::io::{Read as _, Write as _};
 use std::net::{SocketAddr, TcpStream};

@@ -17,7 +17,6 @@
 //! Positions are reported to the sender: written and flushed is what the caller has been given. So it may
 //! be let go there; a caller that stores WAL should follow by a slot of its own and its own client.
 
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use safekeeper_protocol::{Lsn, Tli};
@@ -26,6 +25,7 @@ use safekeeper_wal::record::RECORD_HEADER_SIZE;
 use safekeeper_wal::{
     HistoryError, PAGE_SIZE, PgVersion, Record, TimelineHistory, WalDecoder, WalError, WalFormat,
 };
+use safekeeper_wire::credentials::Credentials;
 
 use crate::wal_client::{
     ClientError, SystemIdentity, WalClient, WalClientConfig, WalEvent, WalStream,
@@ -36,9 +36,7 @@ use crate::wal_client::{
 pub struct FollowerConfig {
     /// Each `host:port`; asked in turn.
     pub addresses: Vec<String>,
-    pub user: String,
-    /// As libpq's; `None`: no password is known.
-    pub passfile: Option<PathBuf>,
+    pub credentials: Credentials,
     pub application_name: String,
     /// Needed where a safekeeper serves several clusters.
     pub cluster: Option<String>,
@@ -131,11 +129,17 @@ pub enum Turn {
 /// ```no_run
 /// use std::time::Duration;
 /// use safekeeper_client::follower::{Follower, FollowerConfig};
+/// use safekeeper_wire::credentials::Credentials;
+/// use safekeeper_wire::passfile::default_passfile;
+/// use safekeeper_wire::tls::ClientTls;
 ///
 /// let mut follower = Follower::connect(FollowerConfig {
 ///     addresses: vec!["10.0.0.11:5454".into(), "10.0.0.12:5454".into()],
-///     user: "pageserver".into(),
-///     passfile: safekeeper_wire::passfile::default_passfile(),
+///     credentials: Credentials {
+///         user: "pageserver".into(),
+///         passfile: default_passfile(),
+///         tls: ClientTls::default(),
+///     },
 ///     application_name: "pageserver1".into(),
 ///     cluster: None,
 ///     timeout: Duration::from_secs(10),
@@ -473,8 +477,7 @@ fn greet(config: &FollowerConfig, at: usize) -> Result<Sender, FollowError> {
     };
     let mut client = WalClient::connect(&WalClientConfig {
         address: address.clone(),
-        user: config.user.clone(),
-        passfile: config.passfile.clone(),
+        credentials: config.credentials.clone(),
         application_name: config.application_name.clone(),
         cluster: config.cluster.clone(),
         timeout: config.timeout,

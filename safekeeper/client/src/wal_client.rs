@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   here                                     a safekeeper (any WAL sender)
+//!     SSLRequest                   ──►                                   as far as sslmode says so
 //!     startup packet               ──►
 //!                                  ◄──     AuthenticationOk, ReadyForQuery
 //!     'Q' IDENTIFY_SYSTEM          ──►
@@ -18,20 +19,22 @@
 //! where it enters; WAL that does not go on where the last message ended is an error. After an
 //! error of the connection nothing more can be asked.
 //!
-//! Not here: TLS; whether the WAL is sound; what is done with it.
+//! Not here: whether the WAL is sound; what is done with it.
 
-use std::io;
+use std::io::{self, IoSlice};
 use std::net::{TcpStream, ToSocketAddrs};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::SegmentSize;
+use safekeeper_wire::channel::Channel;
+use safekeeper_wire::credentials::Credentials;
 use safekeeper_wire::login::{Login, LoginError, LoginStep, Password};
-use safekeeper_wire::passfile::{PassfileError, find_password};
+use safekeeper_wire::passfile::PassfileError;
 use safekeeper_wire::pgwire::{ErrorReport, Filled, Input, Output, Wait, closed};
 use safekeeper_wire::standby_message::encode_status;
 use safekeeper_wire::startup::{cluster_option, encode_startup};
+use safekeeper_wire::tls::TlsError;
 
 /// Longest message that is taken, in bytes: a WAL sender cuts WAL into pieces of 128 KiB, and
 /// history files are far shorter.
@@ -47,9 +50,7 @@ const KEEPALIVE_LEN: usize = 18;
 pub struct WalClientConfig {
     /// `host:port`.
     pub address: String,
-    pub user: String,
-    /// Where its password is, if one is asked for; `None`: nowhere.
-    pub passfile: Option<PathBuf>,
+    pub credentials: Credentials,
     pub application_name: String,
     /// Needed where a safekeeper serves several clusters.
     pub cluster: Option<String>,
@@ -91,6 +92,8 @@ pub enum ClientError {
     Protocol(String),
     #[error("{0}")]
     Server(ServerError),
+    #[error(transparent)]
+    Tls(TlsError),
     #[error(transparent)]
     Login(#[from] LoginError),
     #[error(transparent)]
@@ -135,7 +138,7 @@ struct Message {
 /// A session that waits for a command.
 #[derive(Debug)]
 pub struct WalClient {
-    socket: TcpStream,
+    channel: Channel,
     input: Input,
     output: Output,
     timeout: Duration,
@@ -151,26 +154,39 @@ impl WalClient {
         rustix::net::sockopt::set_tcp_user_timeout(&socket, user_timeout)
             .map_err(io::Error::from)?;
         let mut client = WalClient {
-            socket,
+            channel: socket.into(),
             input: Input::default(),
             output: Output::default(),
             timeout: config.timeout,
         };
-        client.shake_hands(config)?;
+        let (host, port) = host_and_port(&config.address);
+        let Credentials { tls, .. } = &config.credentials;
+        let deadline = client.deadline();
+        let encrypted = client.channel.request_tls(tls, host, deadline);
+        encrypted.map_err(|error| match error {
+            TlsError::Io(error) if error.kind() == io::ErrorKind::TimedOut => {
+                ClientError::TimedOut(config.timeout)
+            }
+            TlsError::Io(error) => ClientError::Lost(error),
+            error => ClientError::Tls(error),
+        })?;
+        let password = config.credentials.password(host, port)?;
+        client.shake_hands(config, password)?;
         Ok(client)
     }
 
-    fn shake_hands(&mut self, config: &WalClientConfig) -> Asked<()> {
+    fn shake_hands(&mut self, config: &WalClientConfig, password: Option<Password>) -> Asked<()> {
         let options = config.cluster.as_deref().map(cluster_option);
         let mut parameters = vec![
-            ("user", config.user.as_str()),
+            ("user", config.credentials.user.as_str()),
             ("application_name", config.application_name.as_str()),
             ("replication", "true"),
         ];
         parameters.extend(options.as_deref().map(|options| ("options", options)));
-        io::Write::write_all(&mut &self.socket, &encode_startup(&parameters))?;
+        let startup = encode_startup(&parameters);
+        self.channel.send_all(&mut [IoSlice::new(&startup)])?;
         let deadline = self.deadline();
-        let mut login = Login::new(password(config)?);
+        let mut login = Login::new(password, self.channel.peer_end_point());
         loop {
             let message = self.next_message(deadline)?;
             match message.tag {
@@ -178,7 +194,7 @@ impl WalClient {
                     if let LoginStep::Answer(answer) = login.on_request(&message.body)? {
                         self.output
                             .message(b'p', |out| out.extend_from_slice(&answer));
-                        self.output.send(&self.socket)?;
+                        self.output.send(&mut self.channel)?;
                     }
                 }
                 // The key that opens nothing; "I don't know that option".
@@ -286,7 +302,7 @@ impl WalClient {
             out.extend_from_slice(command.as_bytes());
             out.push(0);
         });
-        Ok(self.output.send(&self.socket)?)
+        Ok(self.output.send(&mut self.channel)?)
     }
 
     fn deadline(&self) -> Instant {
@@ -317,8 +333,9 @@ impl WalClient {
 
     /// Receive once.
     fn fill(&mut self, patience: Duration) -> Asked<()> {
-        self.socket.set_read_timeout(Some(patience))?;
-        match self.input.fill(&self.socket, Wait::Yes)? {
+        let socket = self.channel.socket();
+        socket.set_read_timeout(Some(patience))?;
+        match self.input.fill(&mut self.channel, Wait::Yes)? {
             Filled::Some => Ok(()),
             Filled::Nothing => Err(ClientError::TimedOut(self.timeout)),
             Filled::Closed => Err(closed().into()),
@@ -364,7 +381,7 @@ impl WalStream {
             b'd' => self.on_copy_data(message.body).map(Some),
             b'c' => {
                 self.client.output.copy_done();
-                self.client.output.send(&self.client.socket)?;
+                self.client.output.send(&mut self.client.channel)?;
                 let deadline = self.client.deadline();
                 let end = self.client.read_timeline_end(deadline)?;
                 if end.end_lsn != self.position {
@@ -416,7 +433,7 @@ impl WalStream {
     pub fn report(&mut self, write_lsn: Lsn, flush_lsn: Lsn, apply_lsn: Lsn) -> Asked<()> {
         let output = &mut self.client.output;
         output.copy_data(|out| encode_status([write_lsn, flush_lsn, apply_lsn], out));
-        Ok(output.send(&self.client.socket)?)
+        Ok(output.send(&mut self.client.channel)?)
     }
 
     /// The session, for the next command, once the timeline has ended.
@@ -436,18 +453,10 @@ fn dial(address: &str, timeout: Duration) -> Asked<TcpStream> {
     Err(ClientError::Connect(last_error))
 }
 
-/// The one for this address, if there is any.
-fn password(config: &WalClientConfig) -> Asked<Option<Password>> {
-    let Some(passfile) = &config.passfile else {
-        return Ok(None);
-    };
-    let (host, port) = config
-        .address
-        .rsplit_once(':')
-        .unwrap_or((&config.address, ""));
+fn host_and_port(address: &str) -> (&str, u16) {
+    let (host, port) = address.rsplit_once(':').unwrap_or((address, ""));
     let host = host.trim_start_matches('[').trim_end_matches(']');
-    let port = port.parse().unwrap_or(0);
-    Ok(find_password(passfile, host, port, &config.user)?)
+    (host, port.parse().unwrap_or(0))
 }
 
 fn unexpected(tag: u8, place: &str) -> ClientError {

@@ -102,7 +102,7 @@ fn step(
                 note(opening);
             }
             return Ok(opening.map(|opening| match opening {
-                Opening::Encryption => Phase::Opening,
+                Opening::Tls | Opening::Gssapi => Phase::Opening,
                 Opening::Cancel => Phase::Closed,
                 Opening::Startup(_) => Phase::Command,
             }));

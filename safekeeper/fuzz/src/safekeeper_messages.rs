@@ -10,6 +10,7 @@ use std::io::{self, Read, Write};
 
 use allocation_counter::{measure, opt_out};
 use safekeeper_protocol::codec::{MESSAGE_LEN_MAX, decode_acceptor_message};
+use safekeeper_wire::login::{Login, Password};
 
 #[allow(dead_code)]
 #[path = "../../../extension/src/pgwire.rs"]
@@ -63,7 +64,8 @@ fn converse(stream: &[u8], piece: usize) -> Vec<String> {
             says: stream,
             piece,
         };
-        if let Err(error) = start_wal_push(&mut peer, "me") {
+        let login = Login::new(Some(Password::new("secret".to_owned())), None);
+        if let Err(error) = start_wal_push(&mut peer, "me", login) {
             return note(error.to_string());
         }
         let mut inbox = Inbox::default();

@@ -6,20 +6,20 @@
 //! ```text
 //!   safekeepers = ["10.0.0.11:5454", "10.0.0.12:5454", "10.0.0.13:5454"]
 //!   cluster_name = "main"
-//!   user = "postgres"
-//!   passfile = "/etc/walproposer.pgpass"      if walproposer.conninfo names one; else as libpq's
+//!   user = "postgres"                         and what else walproposer.conninfo says of credentials.rs
 //! ```
 //!
 //! A later version may say more in it, which is passed over.
 
 use std::fs::File;
 use std::io::Read;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use safekeeper_wire::passfile::default_passfile;
+use safekeeper_wire::credentials::Credentials;
 use serde::Deserialize;
 
 use super::FetchRequest;
+use crate::credentials::CredentialsEntry;
 
 const FILE_NAME: &str = "walproposer.toml";
 /// A list of sixteen names takes 5 kB.
@@ -32,16 +32,15 @@ pub struct Sources {
     /// `host:port`; at least one.
     pub addresses: Vec<String>,
     pub cluster: Option<String>,
-    pub user: String,
-    pub passfile: Option<PathBuf>,
+    pub credentials: Credentials,
 }
 
 #[derive(Debug, Default, Deserialize)]
 struct NamedByExtension {
     safekeepers: Vec<String>,
     cluster_name: Option<String>,
-    user: Option<String>,
-    passfile: Option<PathBuf>,
+    #[serde(flatten)]
+    credentials: CredentialsEntry,
 }
 
 impl Sources {
@@ -69,15 +68,14 @@ impl Sources {
                 "{FILE_NAME} names no safekeeper; name them with --from HOST:PORT"
             ));
         }
+        let mut credentials = named.credentials.credentials(os_user);
+        if let Some(user) = request.user {
+            credentials.user = user.to_owned();
+        }
         Ok(Sources {
             addresses,
             cluster: request.cluster.map(str::to_owned).or(named.cluster_name),
-            user: request
-                .user
-                .map(str::to_owned)
-                .or(named.user)
-                .unwrap_or_else(os_user),
-            passfile: named.passfile.or_else(default_passfile),
+            credentials,
         })
     }
 }
@@ -149,6 +147,8 @@ fn os_user() -> String {
 
 #[cfg(test)]
 mod tests {
+    use safekeeper_wire::tls::{ClientTls, SslMode};
+
     use super::*;
 
     fn request(from: &[String]) -> FetchRequest<'_> {
@@ -165,7 +165,10 @@ mod tests {
         let from = ["a:1, b ,[::1]".to_owned(), "c:7,a:1".to_owned()];
         let sources = Sources::find(&request(&from), None).expect("a good list");
         assert_eq!(sources.addresses, ["a:1", "b:5454", "[::1]:5454", "c:7"]);
-        assert_eq!((sources.cluster, sources.user.as_str()), (None, "me"));
+        assert_eq!(
+            (sources.cluster, sources.credentials.user.as_str()),
+            (None, "me")
+        );
         for (entry, what) in [
             ("a:0", "port"),
             ("a:+1", "port"),
@@ -187,19 +190,27 @@ mod tests {
             Sources::find(&request(&[]), Some(dir.path()))
         };
         let sources = find(
-            "safekeepers = [\"a:1\", \"[::1]:2\"]\ncluster_name = \"x y\"\nuser = \"u\"\npassfile = \"/p\"\nlater = 1\n",
+            "safekeepers = [\"a:1\", \"[::1]:2\"]\ncluster_name = \"x y\"\nuser = \"u\"\npassfile = \"/p\"\nsslmode = \"verify-full\"\nsslrootcert = \"/r\"\nlater = 1\n",
         );
         let expected = Sources {
             addresses: vec!["a:1".into(), "[::1]:2".into()],
             cluster: Some("x y".into()),
-            user: "me".into(),
-            passfile: Some("/p".into()),
+            credentials: Credentials {
+                user: "me".into(),
+                passfile: Some("/p".into()),
+                tls: ClientTls {
+                    mode: SslMode::VerifyFull,
+                    root_cert: Some("/r".into()),
+                    ..ClientTls::default()
+                },
+            },
         };
         assert_eq!(sources, Ok(expected));
         for text in [
             "safekeepers = []",
             "safekeepers = 7",
             "user = \"x\"",
+            "safekeepers = [\"a\"]\nsslmode = \"often\"",
             "\u{0}",
         ] {
             find(text).expect_err(text);

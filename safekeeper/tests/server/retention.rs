@@ -5,7 +5,9 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 
 use safekeeper_protocol::*;
 use safekeeper_wal::synthetic::WalBuilder;
+use safekeeper_wire::channel::Channel;
 use safekeeper_wire::pgwire::{ColumnType, Output};
+use safekeeper_wire::startup::ssl_request;
 
 use super::client::{Client, LOG_START, PgError, Proposer, SEGMENT, StreamMessage};
 use super::{Daemon, cluster, some_wal, wait_for};
@@ -338,12 +340,20 @@ impl FakePeer {
 
     fn serve(&self, mut socket: TcpStream) -> std::io::Result<()> {
         let mut output = Output::default();
-        let mut len = [0; 4];
-        socket.read_exact(&mut len)?;
-        socket.read_exact(&mut vec![0; u32::from_be_bytes(len) as usize - 4])?;
+        let mut channel = Channel::from(socket.try_clone()?);
+        loop {
+            let mut len = [0; 4];
+            socket.read_exact(&mut len)?;
+            let mut packet = vec![0; u32::from_be_bytes(len) as usize - 4];
+            socket.read_exact(&mut packet)?;
+            if packet != ssl_request()[4..] {
+                break;
+            }
+            socket.write_all(b"N")?;
+        }
         output.authentication_ok();
         output.ready_for_query();
-        output.send(&socket)?;
+        output.send(&mut channel)?;
         loop {
             let mut head = [0; 5];
             socket.read_exact(&mut head)?;
@@ -362,7 +372,7 @@ impl FakePeer {
                 ]);
                 output.command_complete("IDENTIFY_SYSTEM");
                 output.ready_for_query();
-                output.send(&socket)?;
+                output.send(&mut channel)?;
                 continue;
             };
             let begin: Lsn = rest
@@ -372,7 +382,7 @@ impl FakePeer {
                 .parse()
                 .expect("an LSN");
             output.copy_both();
-            output.send(&socket)?;
+            output.send(&mut channel)?;
             let mut at = (begin - LOG_START) as usize;
             while at < self.sends {
                 let end = self.sends.min(at + 100_000);
@@ -383,7 +393,7 @@ impl FakePeer {
                     out.extend_from_slice(&[0; 16]);
                     out.extend_from_slice(&self.wal[at..end]);
                 });
-                output.send(&socket)?;
+                output.send(&mut channel)?;
                 at = end;
             }
             socket.flush()?;

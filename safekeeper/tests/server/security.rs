@@ -4,7 +4,7 @@ use std::io::Write as _;
 
 use safekeeper::config::Config;
 use safekeeper::users::{Role, User, Users};
-use safekeeper_wire::scram::{ClientExchange, Verifier};
+use safekeeper_wire::scram::{ClientBinding, ClientExchange, Verifier};
 
 use super::client::{Client, PgError, Proposer, cluster};
 use super::{Daemon, some_wal, wait_for};
@@ -27,15 +27,19 @@ fn add_user(daemon: &Daemon, name: &str, roles: &[Role], password: &str) {
     let user = User {
         name: name.to_owned(),
         roles: roles.to_vec(),
-        verifier: Verifier::of_password(password),
+        verifier: Some(Verifier::of_password(password)),
     };
     users.add(user).expect("a new one");
     users.store(&daemon.data_dir()).expect("stored");
 }
 
+fn rules(text: &str) -> Config {
+    Config::from_toml(text).expect("valid")
+}
+
 fn daemon() -> Daemon {
     let mut daemon = Daemon::with(|config| {
-        config.access = Config::from_toml(RULES).expect("valid").access;
+        config.access = rules(RULES).access;
     });
     add_user(&daemon, "standby", &[Role::Replication], "secret");
     add_user(&daemon, "primary", &[Role::Proposer], "push");
@@ -69,7 +73,7 @@ fn answer(client: &mut Client, code: u32) -> Result<Vec<u8>, PgError> {
 
 fn log_in(daemon: &Daemon, user: &str, password: &str) -> Result<Client, PgError> {
     let mut client = Client::opened_by(daemon.address(), user);
-    let mut exchange = ClientExchange::begin(password);
+    let mut exchange = ClientExchange::begin(password, ClientBinding::Impossible);
     let first = begin(&mut client, &exchange)?;
     exchange.on_server_first(&first).expect("the server's");
     client.send(b'p', exchange.message());
@@ -133,7 +137,7 @@ fn a_role_allows_what_it_is_for() {
 #[test]
 fn what_was_overheard_and_what_is_no_answer_opens_nothing() {
     let daemon = daemon();
-    let mut overheard = ClientExchange::begin("secret");
+    let mut overheard = ClientExchange::begin("secret", ClientBinding::Impossible);
     let mut client = Client::opened_by(daemon.address(), "standby");
     let first = begin(&mut client, &overheard).expect("asked");
     overheard.on_server_first(&first).expect("the server's");
@@ -142,7 +146,7 @@ fn what_was_overheard_and_what_is_no_answer_opens_nothing() {
     answer(&mut client, 12).expect("right");
     // The same words again, in an exchange of their own.
     let mut replayed = Client::opened_by(daemon.address(), "standby");
-    let fresh = ClientExchange::begin("whatever");
+    let fresh = ClientExchange::begin("whatever", ClientBinding::Impossible);
     begin(&mut replayed, &fresh).expect("asked");
     replayed.send(b'p', &proof);
     assert_eq!(replayed.last_words().expect("a reason").sqlstate, "08P01");
@@ -168,12 +172,20 @@ fn users_are_read_again_when_told_so() {
     let server = daemon.server.as_ref().expect("running");
     add_user(&daemon, "new", &[Role::Replication], "one");
     log_in(&daemon, "new", "one").expect_err("not known yet");
-    server.reload().expect("sound");
+    let config = rules(RULES);
+    server.reload(&config).expect("sound");
     log_in(&daemon, "new", "one").expect("known");
     // A file that is damaged changes nothing.
     std::fs::write(daemon.data_dir().join("users.toml"), "[[user").expect("written");
-    server.reload().expect_err("damaged");
+    server.reload(&config).expect_err("damaged");
     log_in(&daemon, "new", "one").expect("still known");
+    // Rules, too.
+    std::fs::remove_file(daemon.data_dir().join("users.toml")).expect("there");
+    add_user(&daemon, "new", &[Role::Replication], "one");
+    let banned = "[[access]]\nuser = \"new\"\nmethod = \"reject\"\n".to_owned() + RULES;
+    server.reload(&rules(&banned)).expect("sound");
+    let refused = Client::opened_by(daemon.address(), "new").last_words();
+    assert_eq!(refused.expect("a reason").sqlstate, "28000");
 }
 
 /// Those who never say who they are do not keep others out: the oldest makes room.

@@ -12,7 +12,6 @@
 use std::fmt;
 use std::io;
 
-use crate::channel::Channel;
 use crate::scram::{ClientBinding, ClientExchange, MECHANISM, MECHANISM_PLUS};
 
 /// A password that does not show in logs.
@@ -51,7 +50,6 @@ pub enum LoginError {
 #[derive(Debug)]
 pub struct Login {
     password: Option<Password>,
-    /// Of the server's certificate (tls.rs); `None` without one.
     end_point: Option<Vec<u8>>,
     exchange: Option<ClientExchange>,
 }
@@ -67,10 +65,11 @@ pub enum LoginStep {
 }
 
 impl Login {
-    pub fn new(password: Option<Password>, channel: &Channel) -> Login {
+    /// `end_point` is the hash of the server's certificate (tls.rs), `None` without one.
+    pub fn new(password: Option<Password>, end_point: Option<Vec<u8>>) -> Login {
         Login {
             password,
-            end_point: channel.peer_end_point(),
+            end_point,
             exchange: None,
         }
     }
@@ -147,11 +146,8 @@ mod tests {
     }
 
     fn login(password: Option<&str>) -> Login {
-        Login {
-            password: password.map(|password| Password::new(password.to_owned())),
-            end_point: None,
-            exchange: None,
-        }
+        let password = password.map(|password| Password::new(password.to_owned()));
+        Login::new(password, None)
     }
 
     const OFFER: &[u8] = b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0\0";

@@ -86,8 +86,7 @@ fn wal(begin: u64, bytes: &[u8]) -> Vec<u8> {
 fn config(address: String) -> WalClientConfig {
     WalClientConfig {
         address,
-        user: "me".into(),
-        passfile: None,
+        credentials: Credentials::trusted("me"),
         application_name: "test".into(),
         cluster: Some("a b".into()),
         timeout: PATIENCE,

@@ -1,0 +1,35 @@
+//! As whom a client of ours connects, and what it demands of the server.
+
+use std::path::PathBuf;
+
+use crate::login::Password;
+use crate::passfile::{PassfileError, find_password};
+use crate::tls::ClientTls;
+
+/// What is the same for all servers of a list.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Credentials {
+    pub user: String,
+    /// Where its password is, if one is asked for; read anew for each connection. `None`: nowhere.
+    pub passfile: Option<PathBuf>,
+    pub tls: ClientTls,
+}
+
+impl Credentials {
+    /// For servers that trust whoever comes, over connections that are not encrypted.
+    pub fn trusted(user: &str) -> Credentials {
+        Credentials {
+            user: user.to_owned(),
+            passfile: None,
+            tls: ClientTls::disabled(),
+        }
+    }
+
+    /// The one for this server, if there is any.
+    pub fn password(&self, host: &str, port: u16) -> Result<Option<Password>, PassfileError> {
+        match &self.passfile {
+            Some(passfile) => find_password(passfile, host, port, &self.user),
+            None => Ok(None),
+        }
+    }
+}
