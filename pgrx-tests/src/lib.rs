@@ -43,6 +43,8 @@ pub struct Cluster {
     pub primary: Postgres,
     pub safekeepers: Vec<Safekeeper>,
     pub system_id: u64,
+    /// As whom consumers come, in libpq's words.
+    pub consumer: String,
     pub dir: TestDir,
 }
 
@@ -80,6 +82,7 @@ impl Cluster {
             primary,
             safekeepers,
             system_id,
+            consumer: "user=postgres".to_owned(),
             dir,
         }
     }
@@ -125,9 +128,10 @@ impl Cluster {
             parts.join(",")
         };
         format!(
-            "host={} port={} user=postgres application_name={application_name}",
+            "host={} port={} {} application_name={application_name}",
             list(|s| s.address().ip().to_string()),
             list(|s| s.address().port().to_string()),
+            self.consumer
         )
     }
 

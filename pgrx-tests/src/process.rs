@@ -179,8 +179,11 @@ pub fn spawn(mut command: Command) -> io::Result<Child> {
     if let Some(user) = ServerUser::other_than_us() {
         command.uid(user.uid).gid(user.gid);
     }
-    // Root's own directory may be closed to that user.
+    // Root's own directories may be closed to that user, and nobody's settings are to count.
     command.current_dir("/");
+    if !command.get_envs().any(|(name, _)| name == "HOME") {
+        command.env("HOME", "/nonexistent");
+    }
     // SAFETY: between fork and exec only this system call is made, which is async-signal-safe.
     unsafe {
         command.pre_exec(

@@ -1,60 +1,164 @@
-//! A cluster in which everybody must prove a password, and ten thousand who have none.
+//! A cluster in which everybody must encrypt and prove who they are, and ten thousand who can't.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cluster_tests::Cluster;
 use cluster_tests::place::{Programs, give_to_server_user};
 use cluster_tests::poll::{SOON, wait_for, wait_until};
-use cluster_tests::process::{Process, run, run_ok, spawn};
+use cluster_tests::process::{Process, run, run_ok, signal_descendant, spawn};
 use cluster_tests::safekeeper::Safekeeper;
-use safekeeper_wire::scram::ClientExchange;
-use safekeeper_wire::startup::encode_startup;
+use safekeeper_wire::certificates::{Authority, Issued, Subject};
+use safekeeper_wire::channel::Channel;
+use safekeeper_wire::scram::{ClientBinding, ClientExchange};
+use safekeeper_wire::startup::{encode_startup, ssl_request};
+use safekeeper_wire::tls::{ClientTls, SslMode};
 
-const RULES: &str = "[[access]]\naddress = \"127.0.0.0/8\"\nmethod = \"scram\"\n";
+const PASSWORDS: &str = "*:*:replication:walproposer:push\n*:*:replication:standby:read\n";
 
-fn secure_cluster() -> Cluster {
-    let mut cluster = Cluster::prepare(&[]);
-    let rules = write_for_server(&cluster, "safekeeper.toml", RULES);
-    for safekeeper in &mut cluster.safekeepers {
-        add_user(safekeeper, "walproposer", "proposer", "push");
-        add_user(safekeeper, "standby", "replication", "read");
-        let rules = rules.to_str().expect("our own name");
-        safekeeper.set_settings(&["--config", rules]);
+/// Rules, users and certificates for a cluster that is not started yet.
+struct Secure {
+    cluster: Cluster,
+    authority: Authority,
+    /// Its certificate.
+    root: PathBuf,
+    passfile: PathBuf,
+    /// How a client verifies, in libpq's words.
+    verify: String,
+}
+
+impl Secure {
+    fn prepare() -> Secure {
+        let cluster = Cluster::prepare(&[]);
+        let authority = Authority::new("authority");
+        let root = authority.store(cluster.dir.path(), "authority");
+        let passfile = cluster.dir.path().join("pgpass");
+        write_for_server(&passfile, PASSWORDS);
+        let verify = format!(
+            "passfile={} sslmode=verify-full sslrootcert={}",
+            passfile.display(),
+            root.display()
+        );
+        let mut secure = Secure {
+            cluster,
+            authority,
+            root,
+            passfile,
+            verify,
+        };
+        for at in 0..secure.cluster.safekeepers.len() {
+            secure.issue_for_safekeeper(at, false);
+            let config = secure.config(at);
+            let safekeeper = &mut secure.cluster.safekeepers[at];
+            let file = safekeeper.data().with_extension("toml");
+            write_for_server(&file, &config);
+            safekeeper.set_settings(&["--config", file.to_str().expect("our own name")]);
+            add_user(safekeeper, "walproposer", "proposer", Some("push"));
+            add_user(safekeeper, "standby", "replication", Some("read"));
+            add_user(safekeeper, "certified", "proposer", None);
+        }
+        secure.cluster.consumer = format!("user=standby {}", secure.verify);
+        secure.push_as("walproposer", "");
+        secure
     }
-    let passwords = "*:*:replication:walproposer:push\n*:*:replication:standby:read\n";
-    let passfile = write_for_server(&cluster, "pgpass", passwords);
-    cluster.primary.configure(&format!(
-        "walproposer.conninfo = 'user=walproposer passfile={}'",
-        passfile.display()
-    ));
-    cluster
+
+    fn config(&self, at: usize) -> String {
+        let files = self.files_of_safekeeper(at);
+        format!(
+            "[tls]\ncert = {:?}\nkey = {:?}\nclient_ca = {:?}\n\
+             [[access]]\nuser = \"certified\"\nmethod = \"cert\"\n\
+             [[access]]\naddress = \"127.0.0.0/8\"\ntls = true\nmethod = \"scram\"\n",
+            files.cert, files.key, self.root
+        )
+    }
+
+    fn files_of_safekeeper(&self, at: usize) -> Issued {
+        let data = self.cluster.safekeepers[at].data();
+        Issued {
+            cert: data.with_extension("crt"),
+            key: data.with_extension("key"),
+        }
+    }
+
+    /// For the address that it listens on. What was there is replaced.
+    fn issue_for_safekeeper(&self, at: usize, is_expired: bool) {
+        let safekeeper = &self.cluster.safekeepers[at];
+        let host = safekeeper.address().ip().to_string();
+        let data = safekeeper.data();
+        let name = data.file_name().expect("a name").to_string_lossy();
+        let subject = Subject {
+            common_name: "safekeeper",
+            hosts: &[&host],
+            is_expired,
+        };
+        let dir = data.parent().expect("a directory");
+        give_to_server_user(&self.authority.issue(dir, &name, subject).key);
+    }
+
+    /// As whom the extension comes, from its next start or reload on.
+    fn push_as(&self, user: &str, more: &str) {
+        self.cluster.primary.configure(&format!(
+            "walproposer.conninfo = 'user={user} {} {more}'",
+            self.verify
+        ));
+    }
+
+    fn certificate_for(&self, name: &str, is_expired: bool) -> Issued {
+        let subject = Subject {
+            common_name: name,
+            hosts: &[],
+            is_expired,
+        };
+        let issued =
+            self.authority
+                .issue(self.cluster.dir.path(), &format!("client-{name}"), subject);
+        give_to_server_user(&issued.key);
+        issued
+    }
+
+    /// What psql is told, as somebody at a safekeeper.
+    fn psql(&self, conninfo: &str, password: &str) -> (bool, String) {
+        let address = self.cluster.safekeepers[0].address();
+        let mut command = Command::new(Programs::postgres("psql"));
+        command.env("PGPASSWORD", password);
+        command.env("PGPASSFILE", "/nonexistent");
+        command.args(["-X", "-c", "IDENTIFY_SYSTEM"]);
+        command.arg(format!(
+            "host={} port={} replication=true sslrootcert={} {conninfo}",
+            address.ip(),
+            address.port(),
+            self.root.display()
+        ));
+        run(command)
+    }
 }
 
-fn write_for_server(cluster: &Cluster, name: &str, text: &str) -> PathBuf {
-    let path = cluster.dir.path().join(name);
-    std::fs::write(&path, text).expect("our own directory");
+fn write_for_server(path: &Path, text: &str) {
+    std::fs::write(path, text).expect("our own directory");
     let only_owner = std::fs::Permissions::from_mode(0o600);
-    std::fs::set_permissions(&path, only_owner).expect("our own file");
-    give_to_server_user(&path);
-    path
+    std::fs::set_permissions(path, only_owner).expect("our own file");
+    give_to_server_user(path);
 }
 
-fn add_user(safekeeper: &Safekeeper, name: &str, role: &str, password: &str) {
-    let file = safekeeper.data().with_extension("password");
-    std::fs::write(&file, password).expect("our own directory");
-    give_to_server_user(&file);
+fn add_user(safekeeper: &Safekeeper, name: &str, role: &str, password: Option<&str>) {
     let mut command = Safekeeper::program();
     command.args(["user", "add", name, "--role", role, "--data-dir"]);
-    command
-        .arg(safekeeper.data())
-        .arg("--password-file")
-        .arg(&file);
+    command.arg(safekeeper.data());
+    match password {
+        Some(password) => {
+            let file = safekeeper.data().with_extension("password");
+            write_for_server(&file, password);
+            command.arg("--password-file").arg(file);
+        }
+        None => {
+            command.arg("--no-password");
+        }
+    }
     run_ok(command);
 }
 
@@ -66,35 +170,33 @@ fn remove_user(safekeeper: &Safekeeper, name: &str) {
     run_ok(command);
 }
 
-/// Commits, a crash and its recovery, a standby, a receiver, and what libpq's own clients are told.
+/// Commits, a crash and its recovery, a standby, a receiver, our own tools, and what psql is told: all of it
+/// encrypted and with a password.
 #[test]
-fn everybody_proves_a_password() {
-    let mut cluster = secure_cluster();
-    cluster.start_all();
+fn everybody_encrypts_and_proves_a_password() {
+    let mut secure = Secure::prepare();
+    secure.cluster.start_all();
+    let cluster = &secure.cluster;
     cluster.primary.pgbench_init(1);
-    let passfile = cluster.dir.path().join("pgpass");
-    let conninfo = |name: &str| {
-        format!(
-            "{} user=standby passfile={}",
-            cluster.conninfo(name),
-            passfile.display()
-        )
-    };
     let received = cluster.dir.create("received");
     let mut command = Command::new(Programs::postgres("pg_receivewal"));
     command
-        .args(["--dbname", &conninfo("receiver"), "--directory"])
+        .args([
+            "--dbname",
+            &cluster.conninfo("receiver"),
+            "--synchronous",
+            "--directory",
+        ])
         .arg(&received);
     let log = cluster.dir.path().join("receiver.log");
     let _receiver = Process::start("pg_receivewal", command, &log);
     let standby = cluster.start_standby("standby");
-    standby.configure(&format!("primary_conninfo = '{}'", conninfo("standby")));
-    standby.reload();
     cluster.primary.pgbench(4, Duration::from_secs(2));
     let end = cluster.wait_all_caught_up(SOON);
     wait_until("the standby follows", SOON, || standby.replay_lsn() >= end);
     cluster.wait_flushed_by("receiver", end);
 
+    let cluster = &mut secure.cluster;
     cluster.primary.kill9();
     cluster.primary.start();
     cluster.wait_streaming(3);
@@ -102,44 +204,66 @@ fn everybody_proves_a_password() {
     let end = cluster.wait_all_caught_up(SOON);
     cluster.assert_wal_equal(end);
 
-    let address = cluster.safekeepers[0].address();
-    let psql = |user: &str, password: &str| {
-        let mut command = Command::new(Programs::postgres("psql"));
-        command.env("PGPASSWORD", password);
-        command.env("PGPASSFILE", "/nonexistent");
-        command.args(["-X", "-c", "IDENTIFY_SYSTEM"]);
-        command.arg(format!(
-            "host={} port={} user={user} replication=true",
-            address.ip(),
-            address.port()
-        ));
-        run(command)
-    };
-    let (ok, text) = psql("standby", "read");
-    assert!(
-        ok && text.contains(&cluster.system_id.to_string()),
-        "{text}"
-    );
-    for (user, password) in [("standby", "push"), ("nobody", "read")] {
-        let (ok, text) = psql(user, password);
-        assert!(!ok, "{text}");
-        let expected = format!("password authentication failed for user \"{user}\"");
-        assert!(text.contains(&expected), "{text}");
+    let cluster = &secure.cluster;
+    for more in [
+        "sslmode=verify-full",
+        "sslmode=verify-full channel_binding=require",
+    ] {
+        let (ok, text) = secure.psql(&format!("user=standby {more}"), "read");
+        assert!(
+            ok && text.contains(&cluster.system_id.to_string()),
+            "{text}"
+        );
     }
+    for (conninfo, password, expected) in [
+        (
+            "user=standby sslmode=verify-full",
+            "push",
+            "password authentication failed for user \"standby\"",
+        ),
+        (
+            "user=nobody sslmode=verify-full",
+            "read",
+            "password authentication failed for user \"nobody\"",
+        ),
+        (
+            "user=standby sslmode=disable",
+            "read",
+            "no access rule for host",
+        ),
+        (
+            "user=certified sslmode=verify-full",
+            "read",
+            "requires a valid client certificate",
+        ),
+    ] {
+        let (ok, text) = secure.psql(conninfo, password);
+        assert!(!ok && text.contains(expected), "{conninfo}: {text}");
+    }
+
+    let start = end.segment_start(1 << 24).to_string();
+    let address = cluster.safekeepers[0].address().to_string();
     let mut tail = Safekeeper::program();
-    tail.args(["tail", "--user", "standby", "--from", &address.to_string()]);
+    tail.args(["tail", "--from", &address, "--start", &start, "--summary"]);
     tail.args([
-        "--start",
-        &end.segment_start(1 << 24).to_string(),
-        "--summary",
+        "--user",
+        "standby",
+        "--sslmode",
+        "verify-full",
         "--passfile",
     ]);
-    let tail = tail.arg(&passfile).output().expect("it runs");
-    assert!(
-        tail.status.success(),
-        "{}",
-        String::from_utf8_lossy(&tail.stderr)
-    );
+    tail.arg(&secure.passfile)
+        .arg("--sslrootcert")
+        .arg(&secure.root);
+    run_ok(tail);
+    // It finds everything in walproposer.toml, beside pg_wal.
+    let fetched = cluster.primary.wal_dir().join("FETCHED");
+    let mut fetch = Safekeeper::program();
+    fetch
+        .args(["fetch-wal", "000000010000000000000003"])
+        .arg(&fetched);
+    run_ok(fetch);
+    std::fs::remove_file(fetched).expect("it is there");
 
     // No password stands anywhere but where we wrote it.
     for safekeeper in &cluster.safekeepers {
@@ -149,45 +273,98 @@ fn everybody_proves_a_password() {
     let settings = cluster.primary.data().join("walproposer.toml");
     let settings = std::fs::read_to_string(settings).expect("written at the start");
     assert!(
-        settings.contains("pgpass") && !settings.contains("push"),
+        settings.contains("pgpass")
+            && settings.contains("verify-full")
+            && !settings.contains("push"),
         "{settings}"
     );
 }
 
-/// One safekeeper is told another password: the view says what is wrong, commits go on with the others, and
-/// a new line in the password file is enough.
+/// Passwords and certificates change while everything runs: who is in stays in, who comes anew needs the new
+/// ones, and the view says what is wrong meanwhile. Commits go on with the others.
 #[test]
-fn a_password_that_is_changed_is_read_anew() {
-    let mut cluster = secure_cluster();
-    cluster.start_all();
-    cluster.primary.sql("create table t (a int)");
-    remove_user(&cluster.safekeepers[1], "walproposer");
-    add_user(&cluster.safekeepers[1], "walproposer", "proposer", "other");
-    cluster.safekeepers[1].kill9();
-    cluster.safekeepers[1].start();
-    wait_until("the view says why", SOON, || {
-        cluster
-            .member(2, "last_error")
-            .contains("password authentication failed")
+fn what_is_changed_is_read_anew() {
+    let mut secure = Secure::prepare();
+    secure.cluster.start_all();
+    secure.cluster.primary.sql("create table t (a int)");
+    let ill = 1;
+    let another_worker = |secure: &Secure| {
+        let cluster = &secure.cluster;
+        let worker = cluster.primary.worker().expect("there is one");
+        signal_descendant(worker, libc::SIGTERM);
+        wait_until("another worker leads", SOON, || {
+            cluster.primary.worker().is_some_and(|pid| pid != worker)
+                && cluster.members_active() >= Some(2)
+        });
+    };
+    let said = |secure: &Secure, what: &str| {
+        wait_until(what, SOON, || {
+            secure.cluster.member(2, "last_error").contains(what)
+        });
+        secure.cluster.primary.sql("insert into t values (1)");
+    };
+
+    // Another password, told to the daemon and then to the extension's file.
+    remove_user(&secure.cluster.safekeepers[ill], "walproposer");
+    add_user(
+        &secure.cluster.safekeepers[ill],
+        "walproposer",
+        "proposer",
+        Some("other"),
+    );
+    secure.cluster.safekeepers[ill]
+        .process()
+        .signal(libc::SIGHUP);
+    secure.cluster.primary.sql("insert into t values (0)");
+    assert_eq!(
+        secure.cluster.members_active(),
+        Some(3),
+        "who is in stays in"
+    );
+    wait_reloads(&secure.cluster.safekeepers[ill], 1);
+    another_worker(&secure);
+    said(&secure, "password authentication failed");
+    let port = secure.cluster.safekeepers[ill].address().port();
+    let passwords = format!("*:{port}:replication:walproposer:other\n{PASSWORDS}");
+    write_for_server(&secure.passfile, &passwords);
+    secure.cluster.wait_streaming(3);
+
+    // A certificate that has expired, and a good one again.
+    secure.issue_for_safekeeper(ill, true);
+    secure.cluster.safekeepers[ill]
+        .process()
+        .signal(libc::SIGHUP);
+    wait_reloads(&secure.cluster.safekeepers[ill], 2);
+    another_worker(&secure);
+    said(&secure, "expired");
+    secure.issue_for_safekeeper(ill, false);
+    secure.cluster.safekeepers[ill]
+        .process()
+        .signal(libc::SIGHUP);
+    secure.cluster.wait_streaming(3);
+
+    // From a password to a certificate, which must be of that user.
+    let issued = secure.certificate_for("certified", false);
+    let shown = format!(
+        "sslcert={} sslkey={}",
+        issued.cert.display(),
+        issued.key.display()
+    );
+    secure.push_as("certified", &shown);
+    secure.cluster.primary.reload();
+    another_worker(&secure);
+    secure.cluster.wait_streaming(3);
+    secure.cluster.primary.sql("insert into t values (2)");
+    let end = secure.cluster.wait_all_caught_up(SOON);
+    secure.cluster.assert_wal_equal(end);
+}
+
+/// Until the daemon has read everything again so many times.
+fn wait_reloads(safekeeper: &Safekeeper, count: usize) {
+    wait_until("access control was reloaded", SOON, || {
+        let log = safekeeper.process().log();
+        log.matches("access control reloaded").count() >= count
     });
-    cluster.primary.sql("insert into t values (1)");
-    let port = cluster.safekeepers[1].address().port();
-    let passwords =
-        format!("*:{port}:replication:walproposer:other\n*:*:replication:walproposer:push\n");
-    write_for_server(&cluster, "pgpass", &passwords);
-    cluster.wait_streaming(3);
-    // And back, with the daemon running.
-    remove_user(&cluster.safekeepers[1], "walproposer");
-    add_user(&cluster.safekeepers[1], "walproposer", "proposer", "push");
-    cluster.safekeepers[1].process().signal(libc::SIGHUP);
-    write_for_server(&cluster, "pgpass", "*:*:replication:walproposer:push\n");
-    let worker = cluster.primary.worker().expect("there is one");
-    cluster_tests::process::signal_descendant(worker, libc::SIGTERM);
-    wait_until("another worker leads", SOON, || {
-        cluster.primary.worker().is_some_and(|pid| pid != worker)
-            && cluster.members_active() == Some(3)
-    });
-    cluster.primary.sql("insert into t values (2)");
 }
 
 /// While commits go on, ten thousand come who have no business here. None gets in, no daemon dies or grows.
@@ -195,18 +372,13 @@ fn a_password_that_is_changed_is_read_anew() {
 fn ten_thousand_strangers_get_nowhere() {
     const STRANGERS: usize = 10_000;
     const THREADS: usize = 8;
-    let mut cluster = secure_cluster();
-    cluster.start_all();
+    let mut secure = Secure::prepare();
+    secure.cluster.start_all();
+    let cluster = &secure.cluster;
     cluster.primary.pgbench_init(1);
-    let mut load = cluster.primary.pgbench_command(4, Duration::from_secs(60));
+    let mut load = cluster.primary.pgbench_command(4, Duration::from_secs(300));
     load.stdout(Stdio::null()).stderr(Stdio::null());
     let mut load = spawn(load).expect("could not start pgbench");
-    let addresses: Vec<_> = cluster
-        .safekeepers
-        .iter()
-        .map(Safekeeper::address)
-        .collect();
-    let let_in = AtomicUsize::new(0);
     let commits = || -> u64 {
         let commits = "select count(*) from pgbench_history";
         cluster.primary.value(commits).parse().expect("a number")
@@ -214,18 +386,16 @@ fn ten_thousand_strangers_get_nowhere() {
     let before = wait_for("the first commits", SOON, || {
         Some(commits()).filter(|n| *n > 0)
     });
-    let overheard = overhear(addresses[0]);
+    let strangers = Strangers::of(&secure);
+    let let_in = AtomicUsize::new(0);
     std::thread::scope(|scope| {
         for thread in 0..THREADS {
-            let (addresses, let_in, overheard) = (&addresses, &let_in, &overheard);
+            let (strangers, let_in) = (&strangers, &let_in);
             scope.spawn(move || {
                 let mut silent = Vec::new();
                 for n in (thread..STRANGERS).step_by(THREADS) {
-                    let address = addresses[n % addresses.len()];
-                    let_in.fetch_add(
-                        usize::from(bother(address, n, overheard, &mut silent)),
-                        Ordering::Relaxed,
-                    );
+                    let is_in = strangers.bother(n, &mut silent);
+                    let_in.fetch_add(usize::from(is_in), Ordering::Relaxed);
                 }
             });
         }
@@ -246,85 +416,143 @@ fn ten_thousand_strangers_get_nowhere() {
     cluster.assert_wal_equal(end);
 }
 
-/// The proof of somebody who was let in.
-fn overhear(address: SocketAddr) -> Vec<u8> {
-    let mut socket = TcpStream::connect(address).expect("connected");
-    socket.set_read_timeout(Some(SOON)).expect("a timeout");
-    let mut exchange = ClientExchange::begin("read");
-    socket
-        .write_all(&encode_startup(&[
-            ("user", "standby"),
-            ("replication", "true"),
-        ]))
-        .expect("sent");
-    receive(&mut socket).expect("a question");
-    socket
-        .write_all(&initial_response(exchange.message()))
-        .expect("sent");
-    let (_, first) = receive(&mut socket).expect("an answer");
-    exchange.on_server_first(&first[4..]).expect("the server's");
-    let proof = message(b'p', exchange.message());
-    socket.write_all(&proof).expect("sent");
-    let (tag, last) = receive(&mut socket).expect("an answer");
-    assert_eq!((tag, last[3]), (b'R', 12), "the right password is right");
-    proof
+/// What they have got hold of.
+struct Strangers {
+    addresses: Vec<SocketAddr>,
+    /// The proof of somebody who was let in.
+    overheard: Vec<u8>,
+    /// One with an expired certificate, one with another authority's, one with another user's, one with
+    /// none.
+    tls: Vec<ClientTls>,
 }
 
-/// One connection that comes to nothing. True if it was let in all the same.
-fn bother(address: SocketAddr, n: usize, overheard: &[u8], silent: &mut Vec<TcpStream>) -> bool {
-    let Ok(mut socket) = TcpStream::connect(address) else {
-        return false;
-    };
-    let _ = socket.set_read_timeout(Some(SOON));
-    let startup = |user: &str| encode_startup(&[("user", user), ("replication", "true")]);
-    let seed = (n as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-    let said: Vec<Vec<u8>> = match n % 8 {
-        // Anything.
-        0 => vec![seed.to_be_bytes().repeat(1 + n % 50)],
-        // The beginning of something that never ends, and it stays.
-        1 => {
-            let _ = socket.write_all(&startup("standby")[..3 + n % 20]);
+impl Strangers {
+    fn of(secure: &Secure) -> Strangers {
+        let safekeepers = secure.cluster.safekeepers.iter();
+        let addresses: Vec<_> = safekeepers.map(Safekeeper::address).collect();
+        let dir = secure.cluster.dir.create("strangers");
+        let own = Authority::new("their own");
+        let subject = |common_name, is_expired| Subject {
+            common_name,
+            hosts: &[],
+            is_expired,
+        };
+        let certificates = [
+            Some(
+                secure
+                    .authority
+                    .issue(&dir, "late", subject("certified", true)),
+            ),
+            Some(own.issue(&dir, "own", subject("certified", false))),
+            Some(
+                secure
+                    .authority
+                    .issue(&dir, "other", subject("standby", false)),
+            ),
+            None,
+        ];
+        let tls = certificates.into_iter().map(|issued| ClientTls {
+            mode: SslMode::VerifyFull,
+            root_cert: Some(secure.root.clone()),
+            cert: issued.as_ref().map(|issued| issued.cert.clone()),
+            key: issued.map(|issued| issued.key),
+        });
+        let tls: Vec<_> = tls.collect();
+        Strangers {
+            overheard: overhear(addresses[0], &tls[3]),
+            addresses,
+            tls,
+        }
+    }
+
+    /// One connection that comes to nothing. True if it was let in all the same.
+    fn bother(&self, n: usize, silent: &mut Vec<TcpStream>) -> bool {
+        let address = self.addresses[n % self.addresses.len()];
+        let Ok(socket) = TcpStream::connect(address) else {
+            return false;
+        };
+        let _ = socket.set_read_timeout(Some(SOON));
+        let startup = |user: &str| encode_startup(&[("user", user), ("replication", "true")]);
+        let guess = ClientExchange::begin("guess", ClientBinding::Impossible);
+        let seed = (n as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15).to_be_bytes();
+        let stays = |mut socket: TcpStream, said: &[u8], silent: &mut Vec<TcpStream>| {
+            let _ = socket.write_all(said);
             silent.push(socket);
             if silent.len() > 20 {
                 silent.remove(0);
             }
-            return false;
+            false
+        };
+        let in_the_clear = |socket: TcpStream, said: &[&[u8]]| talk(socket.into(), said);
+        match n % 16 {
+            // Anything.
+            0 => in_the_clear(socket, &[&seed.repeat(1 + n % 50)]),
+            // The beginning of something that never ends, and it stays.
+            1 => stays(socket, &startup("standby")[..3 + n % 20], silent),
+            // More than there is in the world.
+            2 => in_the_clear(socket, &[&[0x7F, 0xFF, 0xFF, 0xFF, 0, 3, 0, 0]]),
+            // The right password would not help, unencrypted.
+            3 => in_the_clear(socket, &[&startup("standby"), &initial_response(&guess)]),
+            // One who leaves in the middle.
+            4 => in_the_clear(socket, &[&startup("root")]),
+            // Half a handshake, and it stays; or what is none.
+            5 => stays(socket, &ssl_request(), silent),
+            6 => stays(socket, &[&[0x16, 3, 1, 0, 200], &seed[..]].concat(), silent),
+            7 => in_the_clear(socket, &[&ssl_request(), &startup("standby")]),
+            8 => in_the_clear(socket, &[&[0x16, 3, 1, 0, 40], &seed.repeat(5)]),
+            // Who encrypts, with one certificate or another or none.
+            kind => {
+                let tls = &self.tls[if kind < 12 { kind - 9 } else { 3 }];
+                let mut channel = Channel::from(socket);
+                let host = address.ip().to_string();
+                let deadline = Instant::now() + SOON;
+                if channel.request_tls(tls, &host, deadline).is_err() {
+                    return false;
+                }
+                let _ = channel.socket().set_read_timeout(Some(SOON));
+                let oversized = [b'p', 0xFF, 0xFF, 0xFF, 0xFF];
+                match kind {
+                    9..12 => talk(channel, &[&startup("certified")]),
+                    // Straight to the point, without an answer.
+                    12 => talk(
+                        channel,
+                        &[&startup("walproposer"), &message(b'Q', b"START_WAL_PUSH\0")],
+                    ),
+                    13 => talk(channel, &[&startup("standby"), &oversized]),
+                    // The wrong password.
+                    14 => talk(
+                        channel,
+                        &[
+                            &startup("walproposer"),
+                            &initial_response(&guess),
+                            &message(b'p', b"c=biws,r=x,p=AAAA"),
+                        ],
+                    ),
+                    // What was overheard.
+                    _ => talk(
+                        channel,
+                        &[
+                            &startup("standby"),
+                            &initial_response(&guess),
+                            &self.overheard,
+                        ],
+                    ),
+                }
+            }
         }
-        // More than there is in the world.
-        2 => vec![vec![0x7F, 0xFF, 0xFF, 0xFF, 0, 3, 0, 0]],
-        3 => vec![startup("standby"), vec![b'p', 0xFF, 0xFF, 0xFF, 0xFF]],
-        // Straight to the point, without an answer.
-        4 => vec![startup("walproposer"), message(b'Q', b"START_WAL_PUSH\0")],
-        // The wrong password.
-        5 => vec![
-            startup("walproposer"),
-            initial_response(ClientExchange::begin("guess").message()),
-            message(
-                b'p',
-                b"c=biws,r=x,p=AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=",
-            ),
-        ],
-        // What was overheard.
-        6 => vec![
-            startup("standby"),
-            initial_response(ClientExchange::begin("guess").message()),
-            overheard.to_vec(),
-        ],
-        // One who is not known, and leaves in the middle.
-        _ => {
-            let _ = socket.write_all(&startup("root"));
-            let _ = socket.shutdown(Shutdown::Write);
-            vec![]
-        }
-    };
+    }
+}
+
+/// Says it all and hears the other side out. AuthenticationOk would be a message R with a zero.
+fn talk(mut channel: Channel, said: &[&[u8]]) -> bool {
     for part in said {
-        if socket.write_all(&part).is_err() {
+        if channel.write_all(part).is_err() {
             break;
         }
     }
-    let _ = socket.shutdown(Shutdown::Write);
-    // Until it is closed; AuthenticationOk would be a message R with a zero.
-    while let Some((tag, body)) = receive(&mut socket) {
+    channel.end_output();
+    let _ = channel.socket().shutdown(Shutdown::Write);
+    while let Some((tag, body)) = receive(&mut channel) {
         if tag == b'R' && body == [0; 4] {
             return true;
         }
@@ -332,7 +560,32 @@ fn bother(address: SocketAddr, n: usize, overheard: &[u8], silent: &mut Vec<TcpS
     false
 }
 
-fn initial_response(first: &[u8]) -> Vec<u8> {
+/// Somebody who may.
+fn overhear(address: SocketAddr, tls: &ClientTls) -> Vec<u8> {
+    let socket = TcpStream::connect(address).expect("connected");
+    let mut channel = Channel::from(socket);
+    let host = address.ip().to_string();
+    channel
+        .request_tls(tls, &host, Instant::now() + SOON)
+        .expect("encrypted");
+    let mut exchange = ClientExchange::begin("read", ClientBinding::Impossible);
+    let startup = encode_startup(&[("user", "standby"), ("replication", "true")]);
+    channel.write_all(&startup).expect("sent");
+    receive(&mut channel).expect("a question");
+    channel
+        .write_all(&initial_response(&exchange))
+        .expect("sent");
+    let (_, first) = receive(&mut channel).expect("an answer");
+    exchange.on_server_first(&first[4..]).expect("the server's");
+    let proof = message(b'p', exchange.message());
+    channel.write_all(&proof).expect("sent");
+    let (tag, last) = receive(&mut channel).expect("an answer");
+    assert_eq!((tag, last[3]), (b'R', 12), "the right password is right");
+    proof
+}
+
+fn initial_response(exchange: &ClientExchange) -> Vec<u8> {
+    let first = exchange.message();
     let len = u32::try_from(first.len()).expect("short").to_be_bytes();
     message(b'p', &[b"SCRAM-SHA-256\0", &len[..], first].concat())
 }
@@ -342,11 +595,13 @@ fn message(tag: u8, body: &[u8]) -> Vec<u8> {
     [&[tag], &len[..], body].concat()
 }
 
-fn receive(socket: &mut impl Read) -> Option<(u8, Vec<u8>)> {
+fn receive(channel: &mut Channel) -> Option<(u8, Vec<u8>)> {
     let mut head = [0; 5];
-    socket.read_exact(&mut head).ok()?;
+    channel.read_exact(&mut head).ok()?;
     let len = u32::from_be_bytes([head[1], head[2], head[3], head[4]]);
-    let mut body = vec![0; usize::try_from(len.checked_sub(4)?).ok()?];
-    socket.read_exact(&mut body).ok()?;
+    // What answers a handshake that was none is no message.
+    let len = usize::try_from(len.checked_sub(4)?).ok()?;
+    let mut body = vec![0; Some(len).filter(|len| *len <= 1 << 20)?];
+    channel.read_exact(&mut body).ok()?;
     Some((head[0], body))
 }
