@@ -162,15 +162,20 @@ fn both_say(cluster: &Cluster, command: &str) -> (Vec<String>, Vec<String>) {
         }
         lines
     };
-    let primary = || ask(WalSender::of_primary(&cluster.primary));
-    let before = primary();
-    let safekeeper = ask(WalSender::of_safekeeper(&cluster.safekeepers[0]));
-    // The server may have written a record of its own between the two.
-    if before == safekeeper {
-        (before, safekeeper)
-    } else {
-        (primary(), safekeeper)
+    let both = || {
+        let primary = ask(WalSender::of_primary(&cluster.primary));
+        (
+            primary,
+            ask(WalSender::of_safekeeper(&cluster.safekeepers[0])),
+        )
+    };
+    if command.trim_matches([' ', ';']) != "IDENTIFY_SYSTEM" {
+        return both();
     }
+    // The server may have written a record of its own between the two, and the safekeeper not yet heard of it.
+    wait_for("both are as far", SOON, || {
+        Some(both()).filter(|(primary, safekeeper)| primary == safekeeper)
+    })
 }
 
 /// Settings that a primary reports at the start of a session; their values, but for some.
