@@ -2,6 +2,7 @@
 //! hold.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -122,13 +123,16 @@ impl LogDir {
         read.map(|()| bytes)
     }
 
-    /// All files of the WAL directory.
+    /// All files of the WAL directory, but for one that is given another name meanwhile.
     pub fn files(&self) -> BTreeMap<String, Vec<u8>> {
         let entries = std::fs::read_dir(self.wal_dir()).expect("the WAL directory");
-        let files = entries.map(|entry| {
+        let files = entries.filter_map(|entry| {
             let entry = entry.expect("an entry");
             let name = entry.file_name().into_string().expect("an ASCII name");
-            (name, std::fs::read(entry.path()).expect("a file"))
+            match std::fs::read(entry.path()) {
+                Err(error) if error.kind() == ErrorKind::NotFound => None,
+                bytes => Some((name, bytes.expect("a file"))),
+            }
         });
         files.collect()
     }
