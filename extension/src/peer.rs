@@ -186,6 +186,14 @@ impl Peer {
         }
     }
 
+    /// Something has arrived of which the socket does not tell any more.
+    pub fn has_input(&mut self) -> bool {
+        match &mut self.link {
+            Link::Up(up) => up.stream.has_input(),
+            _ => false,
+        }
+    }
+
     /// The next message that has arrived in full.
     pub fn next_message(&mut self) -> Result<Option<AcceptorMessage>, PeerError> {
         let Link::Up(up) = &mut self.link else {

@@ -50,7 +50,7 @@ impl Pusher {
     }
 
     pub(super) fn receive(&mut self, at: usize) {
-        for _ in 0..READS_PER_TURN {
+        for reads in 1.. {
             let may_be_more = match self.members[at].peer.receive() {
                 Ok(more) => more,
                 Err(error) => return self.close(at, &error.to_string()),
@@ -62,7 +62,9 @@ impl Pusher {
                     Err(error) => return self.close(at, &error.to_string()),
                 }
             }
-            if !may_be_more {
+            // Of what is decrypted already the socket will not tell.
+            let has_input = reads < READS_PER_TURN || self.members[at].peer.has_input();
+            if !may_be_more || !has_input {
                 return;
             }
         }

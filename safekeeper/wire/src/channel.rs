@@ -15,7 +15,8 @@
 //! TLS itself is rustls; here it is made to look like a socket. One that does not block stays so: what the
 //! kernel does not take is kept, encrypted, and [`Channel::has_output`] says so. What has been decrypted is
 //! handed out before the socket is asked for more, and [`Channel::receive`] gives less than there is room
-//! for only if nothing decrypted is left: so whoever sleeps in poll(2) then misses nothing.
+//! for only if nothing decrypted is left: so whoever sleeps in poll(2) then misses nothing. Others ask
+//! [`Channel::has_input`].
 //!
 //! The end of the stream is believed without TLS's own sign of it: messages have lengths, so nothing can be
 //! cut off unnoticed.
@@ -24,7 +25,7 @@ use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::net::RecvFlags;
 use rustls::pki_types::ServerName;
@@ -36,6 +37,9 @@ use crate::tls::{ALPN, ClientTls, TlsError, common_name, end_point};
 
 /// First byte of a TLS handshake; no startup packet begins with it, for it would be too long.
 pub const TLS_HANDSHAKE: u8 = 0x16;
+
+/// The pieces of a record come faster than that, one after another.
+const TRICKLE: Duration = Duration::from_millis(20);
 
 /// One connection.
 #[derive(Debug)]
@@ -182,7 +186,16 @@ impl Channel {
             .is_some_and(|session| session.wants_write())
     }
 
-    /// Reads once; 0 is the end of the stream. Waits up to the socket's read timeout, if at all.
+    /// Something has been decrypted, and poll(2) does not know of it.
+    pub fn has_input(&mut self) -> bool {
+        self.session.as_mut().is_some_and(|session| {
+            let state = session.process_new_packets();
+            state.is_ok_and(|state| state.plaintext_bytes_to_read() > 0)
+        })
+    }
+
+    /// Reads once; 0 is the end of the stream. Waits up to the socket's read timeout, if at all; twice as long
+    /// for a peer that says a byte now and then.
     pub fn receive(&mut self, room: &mut [u8], wait: Wait) -> io::Result<usize> {
         let flags = match wait {
             Wait::Yes => RecvFlags::empty(),
@@ -195,6 +208,7 @@ impl Channel {
         let Some(session) = &mut self.session else {
             return received.read(room);
         };
+        let began = Instant::now();
         loop {
             let decrypted = take_decrypted(session, room)?;
             if decrypted.is_some() {
@@ -205,6 +219,19 @@ impl Channel {
                 // An alert: the peer may be gone already.
                 let _ = flush(session, &self.socket);
                 return Err(io::Error::new(ErrorKind::InvalidData, error));
+            }
+            if session.wants_write() {
+                // New keys were asked for. What the kernel does not take now goes with what is sent next.
+                match flush(session, &self.socket) {
+                    Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
+                    _ => {}
+                }
+            }
+            let waited = began.elapsed();
+            let is_over = |patience: Option<Duration>| patience.is_some_and(|it| waited >= it);
+            // Records come in pieces: the kernel is not asked at each of them.
+            if waited >= TRICKLE && is_over(self.socket.read_timeout()?) {
+                return Err(ErrorKind::WouldBlock.into());
             }
         }
     }

@@ -300,6 +300,7 @@ fn nothing_that_is_decrypted_stays_behind() {
             let mut room = [0; 1000];
             let taken = far.receive(&mut room, Wait::Yes).expect("open");
             received += taken;
+            assert_eq!(far.has_input(), taken == room.len() && received < len + 4);
             if taken < room.len() {
                 let nothing = take_decrypted(far.session.as_mut().expect("encrypted"), &mut room);
                 assert_eq!(nothing.expect("open"), None);
@@ -379,5 +380,28 @@ fn a_handshake_has_its_time() {
     let refused = refused.expect_err("too slow").to_string();
     assert!(refused.contains("timed out"), "{refused}");
     drop(channel);
+    slow.join().expect("no panic");
+}
+
+/// A record that comes a byte at a time is waited for as long as a silent peer, or twice as long.
+#[test]
+fn a_record_that_trickles_in_is_not_waited_for() {
+    let (near, mut far) = encrypted();
+    let patience = Duration::from_millis(100);
+    far.socket().set_read_timeout(Some(patience)).expect("set");
+    let slow = std::thread::spawn(move || {
+        let record = [&[0x17, 3, 3, 0x20, 0][..], &[0; 8192]].concat();
+        for byte in record {
+            if (&near.socket).write_all(&[byte]).is_err() {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    let began = Instant::now();
+    let nothing = far.receive(&mut [0; 10], Wait::Yes).expect_err("nothing");
+    assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
+    assert!(began.elapsed() < 20 * patience);
+    drop(far);
     slow.join().expect("no panic");
 }
