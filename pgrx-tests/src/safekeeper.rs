@@ -90,6 +90,21 @@ impl Safekeeper {
         command
     }
 
+    /// A replication slot that keeps WAL from now on.
+    #[track_caller]
+    pub fn create_slot(&self, slot: &str) {
+        let (ip, port) = (self.listen.ip(), self.listen.port());
+        let mut command = Command::new(Programs::postgres("psql"));
+        command.arg(format!(
+            "host={ip} port={port} user=postgres replication=true"
+        ));
+        command.args(["--no-psqlrc", "--quiet", "--command"]);
+        command.arg(format!(
+            "CREATE_REPLICATION_SLOT {slot} PHYSICAL (RESERVE_WAL)"
+        ));
+        run_ok(command);
+    }
+
     /// SIGTERM, and a clean end.
     #[track_caller]
     pub fn stop(&mut self) {

@@ -89,7 +89,7 @@ fn pg_receivewal_misses_nothing_with_a_slot() {
 fn a_standbys_xmin_is_the_primarys_also_while_it_is_away() {
     let mut cluster = Cluster::start_with("autovacuum = off", &[]);
     for safekeeper in &cluster.safekeepers {
-        run_ok(create_slot(safekeeper, "standby"));
+        safekeeper.create_slot("standby");
     }
     let mut standby = Postgres::base_backup_of(&cluster.primary, &cluster.dir, "standby");
     cluster.follow_safekeepers(&standby);
@@ -162,7 +162,7 @@ fn a_slot_that_is_away_for_too_long_is_lost() {
     }
     cluster.start_all();
     for safekeeper in &cluster.safekeepers {
-        run_ok(create_slot(safekeeper, "standby"));
+        safekeeper.create_slot("standby");
     }
     let mut standby = Postgres::base_backup_of(&cluster.primary, &cluster.dir, "standby");
     cluster.follow_safekeepers(&standby);
@@ -226,20 +226,6 @@ fn receivewal(safekeeper: &Safekeeper, slot: &str) -> Command {
     command.args(["--no-password", "--username", "postgres", "--slot", slot]);
     command.args(["--host", &address.ip().to_string()]);
     command.args(["--port", &address.port().to_string()]);
-    command
-}
-
-/// One that keeps WAL from now on.
-fn create_slot(safekeeper: &Safekeeper, slot: &str) -> Command {
-    let (ip, port) = (safekeeper.address().ip(), safekeeper.address().port());
-    let mut command = Command::new(Programs::postgres("psql"));
-    command.arg(format!(
-        "host={ip} port={port} user=postgres replication=true"
-    ));
-    command.args(["--no-psqlrc", "--quiet", "--command"]);
-    command.arg(format!(
-        "CREATE_REPLICATION_SLOT {slot} PHYSICAL (RESERVE_WAL)"
-    ));
     command
 }
 

@@ -18,7 +18,7 @@ use safekeeper_protocol::Lsn;
 #[test]
 fn barman_archives_what_safekeepers_stream() {
     let mut cluster = Cluster::start_with("wal_keep_size = '1GB'", &[]);
-    let barman = Barman::configure(&cluster);
+    let barman = Barman::configure_with(&cluster, "archiver = on\n");
     let mut receiver = barman.receive_wal(&cluster);
     let source = cluster.wait_source_of("barman");
     let first = finish_segment(&cluster.primary);
@@ -48,6 +48,48 @@ fn barman_archives_what_safekeepers_stream() {
     assert!(equal >= 3, "{equal} of {:?}", file_names(&archive));
     let number = |name: &str| u64::from_str_radix(&name[16..], 16).expect("a segment's name");
     assert_eq!(equal as u64, number(&last) - number(&first) + 1, "a gap");
+}
+
+/// The same with a slot, which Barman makes at each safekeeper that it comes to, and over a failover: both
+/// timelines are in the archive, with the history between them, once Barman knows of the new primary.
+#[test]
+fn barman_goes_on_with_its_slot_after_a_failover() {
+    let mut cluster = Cluster::start_with("wal_keep_size = '1GB'", &[]);
+    let heir = cluster.start_standby("heir");
+    heir.configure("wal_keep_size = '1GB'");
+    let with_slot = "slot_name = barman\ncreate_slot = auto\n";
+    let barman = Barman::configure_with(&cluster, with_slot);
+    let mut receiver = barman.receive_wal(&cluster);
+    let source = cluster.wait_source_of("barman");
+    let first = finish_segment(&cluster.primary);
+    barman.wait_archived(&first);
+    let slot = cluster.safekeepers[source].slot(cluster.system_id, "barman");
+    assert_eq!(slot.expect("it was made")["active"], true);
+
+    cluster.safekeepers[source].kill9();
+    receiver.wait(SOON);
+    cluster.wait_streaming(2);
+    cluster.primary.kill9();
+    assert_eq!(heir.value("select walproposer_promote(60)"), "t");
+    cluster.primary = heir;
+    let barman = Barman::configure_with(&cluster, with_slot);
+    let _receiver = barman.receive_wal(&cluster);
+    assert_ne!(cluster.wait_source_of("barman"), source);
+    let last = finish_segment(&cluster.primary);
+    barman.wait_archived(&last);
+    cluster.safekeepers[source].start();
+    assert_eq!((&first[..8], &last[..8]), ("00000001", "00000002"));
+    let history = "00000002.history";
+    barman.wait_archived(history);
+    let read = |path: PathBuf| std::fs::read(path).expect("a history file");
+    let theirs = read(cluster.primary.wal_dir().join(history));
+    assert_eq!(read(barman.archived(history)), theirs);
+    // All of the new timeline; of the old one what was complete when it ended.
+    let end = cluster.primary.flush_lsn();
+    for segment in [&first, &last] {
+        let equal = assert_files_equal(&barman.archive(segment), &cluster.primary.wal_dir(), end);
+        assert!(equal >= 1, "{:?}", file_names(&barman.archive(segment)));
+    }
 }
 
 /// psycopg2 receives from a safekeeper, and reports; another process goes on where it ended.
@@ -116,8 +158,12 @@ struct Barman {
 }
 
 impl Barman {
-    fn configure(cluster: &Cluster) -> Barman {
-        let home = cluster.dir.create("barman");
+    /// Once more after its cluster has changed: what it has stays.
+    fn configure_with(cluster: &Cluster, more: &str) -> Barman {
+        let home = cluster.dir.path().join("barman");
+        if !home.exists() {
+            cluster.dir.create("barman");
+        }
         let configuration = cluster.dir.path().join("barman.conf");
         let pg_receivewal = Programs::postgres("pg_receivewal");
         let user = match ServerUser::other_than_us() {
@@ -134,10 +180,9 @@ description = a primary and its safekeepers
 conninfo = host={socket} port=5432 user=postgres dbname=postgres
 streaming_conninfo = {streaming}
 streaming_archiver = on
-archiver = on
 backup_method = postgres
 path_prefix = {programs}
-",
+{more}",
             home = home.display(),
             socket = cluster.primary.socket_dir().display(),
             streaming = cluster.conninfo("barman"),
@@ -174,10 +219,18 @@ path_prefix = {programs}
         self.home.join("pg/wals").join(&segment[..16])
     }
 
+    /// Where a file is when it has been archived.
+    fn archived(&self, name: &str) -> PathBuf {
+        match name.ends_with(".history") {
+            true => self.home.join("pg/wals").join(name),
+            false => self.archive(name).join(name),
+        }
+    }
+
     /// As its cron does it, until it is done.
     #[track_caller]
     fn wait_archived(&self, segment: &str) {
-        let file = self.archive(segment).join(segment);
+        let file = self.archived(segment);
         let what = format!("{segment} is in Barman's archive");
         wait_until(&what, SOON, || {
             self.run("archive-wal");
