@@ -299,6 +299,11 @@ impl WalDecoder {
         }
         let on_page = PAGE_SIZE as usize - page_offset;
         let bytes = &bytes[..bytes.len().min(on_page)];
+        if self.inside == Inside::RecordHeader
+            && let Some(taken) = self.step_whole_record(bytes, on_record)
+        {
+            return Ok(taken);
+        }
         match self.inside {
             Inside::Skip { remaining } => Ok(self.step_skip(bytes, remaining)),
             Inside::RecordHeader => self.step_record_header(bytes, on_record),
@@ -403,6 +408,40 @@ impl WalDecoder {
         self.record_header.clear();
     }
 
+    /// An ordinary record that is here as a whole, with its padding, on one page: most are. `None`, and
+    /// nothing has happened: it is something else, or is not as it should be; that is found out step by step.
+    fn step_whole_record(
+        &mut self,
+        bytes: &[u8],
+        on_record: &mut impl FnMut(&Record),
+    ) -> Option<usize> {
+        if self.record_header.len > 0 || self.overwrite != Overwrite::No {
+            return None;
+        }
+        let header_bytes = bytes.first_chunk::<HEADER_SIZE>()?;
+        let header = RecordHeader::decode(header_bytes);
+        let record = bytes.get(..header.total_len as usize)?;
+        let padding_len =
+            (ALIGNMENT as usize - record.len() % ALIGNMENT as usize) % ALIGNMENT as usize;
+        let padding = bytes.get(record.len()..record.len() + padding_len)?;
+        let body_crc = crc32c::crc32c(record.get(HEADER_SIZE..)?);
+        let is_ordinary = !header.is_switch() && !header.is_overwrite_contrecord();
+        let is_sound = padding.iter().all(|byte| *byte == 0)
+            && header.crc == record_crc(body_crc, header_bytes)
+            && self.check_record_header(self.position, &header).is_ok();
+        if !is_ordinary || !is_sound {
+            return None;
+        }
+        let taken = record.len() + padding_len;
+        self.record = Current {
+            header,
+            ..Current::none(self.position)
+        };
+        self.position = self.position + taken as u64;
+        self.end_record(on_record);
+        Some(taken)
+    }
+
     fn step_record_header(
         &mut self,
         bytes: &[u8],
@@ -442,7 +481,7 @@ impl WalDecoder {
 
     fn on_record_header(&mut self, on_record: &mut impl FnMut(&Record)) -> Result<(), WalError> {
         let header = RecordHeader::decode(&self.record_header.bytes);
-        self.check_record_header(&header)?;
+        self.check_record_header(self.record.start_lsn, &header)?;
         self.record = Current {
             header,
             ..Current::none(self.record.start_lsn)
@@ -456,8 +495,7 @@ impl WalDecoder {
         }
     }
 
-    fn check_record_header(&mut self, header: &RecordHeader) -> Result<(), WalError> {
-        let lsn = self.record.start_lsn;
+    fn check_record_header(&mut self, lsn: Lsn, header: &RecordHeader) -> Result<(), WalError> {
         if !rmgr_is_valid(header.rmgr_id) {
             return Err(WalError::RecordRmgr {
                 lsn,
