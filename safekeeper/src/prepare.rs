@@ -1,5 +1,5 @@
 //! Preparing segments: made ahead of the log by a thread of their own, so that a write finds its
-//! file there, zeroed and synced.
+//! file there, zeroed (or, for bulk, allocated) and synced.
 //!
 //! ```text
 //!   the log is in          ready          being made
@@ -22,7 +22,7 @@
 //!
 //! The thread ends when the [`Preparation`] is told to stop, which its owner does before joining.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -51,8 +51,7 @@ struct Plan {
     n_ready: u64,
     /// Grows whenever `next` is set other than by entering a ready one.
     turn: u64,
-    /// Ready segments that were entered so far.
-    n_entered: u64,
+    pace: Pace,
     /// Files of removed segments, to be filled again. No more than `N_AHEAD`.
     spares: Vec<PathBuf>,
     n_spares_made: u64,
@@ -79,13 +78,18 @@ impl Preparation {
     /// The log enters `id`: when this returns, the segment is there. A lack of space can be
     /// survived, nothing has changed then.
     pub fn enter(&self, id: SegmentId) -> Result<(), StorageError> {
+        let now = Instant::now();
         let mut plan = self.lock();
+        plan.pace.entered(now);
         if plan.next != Some(id) || plan.n_ready == 0 {
             self.forget_locked(&mut plan)?;
+            let is_bulk = plan.pace.is_bulk(now);
             let spare = plan.spares.pop();
             drop(plan);
+            // On a full disk a spare is what there is: it keeps its blocks.
+            let is_allocated = is_bulk && spare.is_none();
             let tmp = spare.unwrap_or_else(|| self.segments.dir().join("enter.tmp"));
-            self.segments.make_zeroed(&tmp)?;
+            self.make(&tmp, is_allocated)?;
             self.segments.install(&tmp, id)?;
             self.go_on_at(SegmentId {
                 segno: id.segno + 1,
@@ -98,7 +102,6 @@ impl Preparation {
             ..id
         });
         plan.n_ready -= 1;
-        plan.n_entered += 1;
         plan.no_space = false;
         self.changed.notify_all();
         Ok(())
@@ -148,10 +151,8 @@ impl Preparation {
     pub fn run(&self) {
         // A file that was not wanted any more when it was finished.
         let mut made: Option<PathBuf> = None;
-        let mut pace = Pace::new(Instant::now());
         while let Some(work) = self.wait_for_work(made.is_some()) {
-            let is_bulk = pace.is_bulk(work.n_entered, Instant::now());
-            let result = self.prepare(work, is_bulk, &mut made);
+            let result = self.prepare(work, &mut made);
             let mut plan = self.lock();
             match result {
                 Ok(()) => {}
@@ -169,22 +170,21 @@ impl Preparation {
         self.changed.notify_all();
     }
 
-    fn prepare(
-        &self,
-        work: Work,
-        is_bulk: bool,
-        made: &mut Option<PathBuf>,
-    ) -> Result<(), StorageError> {
+    fn make(&self, tmp: &Path, is_allocated: bool) -> Result<(), StorageError> {
+        match is_allocated {
+            true => self.segments.make_allocated(tmp),
+            false => self.segments.make_zeroed(tmp),
+        }
+    }
+
+    fn prepare(&self, work: Work, made: &mut Option<PathBuf>) -> Result<(), StorageError> {
         let tmp = match made.take() {
             Some(tmp) => tmp,
             None => {
                 let tmp = work
                     .spare
                     .unwrap_or_else(|| self.segments.dir().join("prepare.tmp"));
-                match is_bulk {
-                    true => self.segments.make_allocated(&tmp)?,
-                    false => self.segments.make_zeroed(&tmp)?,
-                }
+                self.make(&tmp, work.is_bulk)?;
                 tmp
             }
         };
@@ -210,7 +210,7 @@ impl Preparation {
                 return Some(Work {
                     id,
                     turn: plan.turn,
-                    n_entered: plan.n_entered,
+                    is_bulk: plan.pace.is_bulk(Instant::now()),
                     spare,
                 });
             }
@@ -241,37 +241,32 @@ impl Preparation {
 struct Work {
     id: SegmentId,
     turn: u64,
-    n_entered: u64,
+    is_bulk: bool,
     /// The file to make it of, if there is one.
     spare: Option<PathBuf>,
 }
 
-/// How fast segments are entered.
+/// When segments were entered: the last one, and the one before.
+#[derive(Debug, Default)]
 struct Pace {
-    n_entered: u64,
-    since: Instant,
+    last: Option<Instant>,
+    before: Option<Instant>,
 }
 
 /// One segment in less than this is bulk: commits alone fill one of 16 MB in seconds.
 const BULK: Duration = Duration::from_millis(300);
 
 impl Pace {
-    fn new(now: Instant) -> Pace {
-        Pace {
-            n_entered: 0,
-            since: now,
-        }
+    fn entered(&mut self, now: Instant) {
+        self.before = self.last.replace(now);
     }
 
-    /// `n_entered` segments have been entered by now. As things have been since this was last asked.
-    fn is_bulk(&mut self, n_entered: u64, now: Instant) -> bool {
-        let entered = n_entered - self.n_entered;
-        let passed = now - self.since;
-        *self = Pace {
-            n_entered,
-            since: now,
+    /// The last segment was full in no time, or the one at hand is about to be.
+    fn is_bulk(&self, now: Instant) -> bool {
+        let (Some(before), Some(last)) = (self.before, self.last) else {
+            return false;
         };
-        u32::try_from(entered).is_ok_and(|entered| passed < BULK * entered)
+        last - before < BULK && now.saturating_duration_since(last) < BULK
     }
 }
 
@@ -291,14 +286,21 @@ mod tests {
     #[test]
     fn bulk_is_told_from_commits_by_how_fast_segments_are_entered() {
         let begin = Instant::now();
-        let at = |ms| begin + Duration::from_millis(ms);
-        let mut pace = Pace::new(begin);
-        // At the start two are made, and none has been entered.
-        assert!(!pace.is_bulk(0, at(0)));
-        assert!(!pace.is_bulk(0, at(50)));
-        assert!(!pace.is_bulk(1, at(5000)), "commits");
-        assert!(pace.is_bulk(2, at(5100)), "bulk");
-        assert!(pace.is_bulk(5, at(5800)), "three in 700 ms");
-        assert!(!pace.is_bulk(6, at(6100)), "commits again");
+        let mut pace = Pace::default();
+        assert!(!pace.is_bulk(begin), "none has been entered");
+        let mut bulk_after = |ms: u64, wait_ms: u64| {
+            let now = begin + Duration::from_millis(ms);
+            pace.entered(now);
+            pace.is_bulk(now + Duration::from_millis(wait_ms))
+        };
+        assert!(!bulk_after(100, 0), "the first");
+        assert!(!bulk_after(5000, 0), "commits");
+        assert!(bulk_after(5050, 0), "two in 50 ms");
+        assert!(bulk_after(5100, 200), "and another, asked a bit later");
+        assert!(
+            !bulk_after(5150, 400),
+            "nothing for longer than a segment takes"
+        );
+        assert!(!bulk_after(9000, 0), "commits again");
     }
 }
