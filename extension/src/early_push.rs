@@ -16,7 +16,8 @@
 //!
 //! Commits that come while the members flush would have to wait for that anyway: they gather, and go
 //! out together when the quorum has answered. Not where the way is long compared to a flush: there they
-//! gather at the members, while these flush. What is flushed here is never held back.
+//! gather at the members, while these flush. What is flushed here meanwhile waits no longer than the last
+//! answer took.
 //!
 //! WAL that is not waited for flows too: when much of it has gathered, it is pushed as it is found,
 //! and looked for every few milliseconds while it flows. When nothing is written, nobody looks.
@@ -106,11 +107,23 @@ pub struct EarlyPush {
     missed: Option<Missed>,
 }
 
-/// A hint whose record has not come in time.
+/// A record that was announced, and has not been pushed: it did not come in time, or nobody could take it.
 struct Missed {
+    /// It ends behind this.
     lsn: Lsn,
-    /// Until the next look for it.
-    pause_ms: u64,
+    /// Before the next look for it.
+    pause: Duration,
+    next_look: Duration,
+}
+
+impl Missed {
+    fn new(lsn: Lsn, now: Duration) -> Missed {
+        Missed {
+            lsn,
+            pause: PAUSE_MIN,
+            next_look: now + PAUSE_MIN,
+        }
+    }
 }
 
 /// WAL that was pushed early, to the end of a record.
@@ -135,9 +148,10 @@ pub struct Situation {
 const BULK: u64 = 128 * 1024;
 /// While it flows, it is looked for so often.
 const POLL_MS: u64 = 2;
-/// A record that has been awaited for so long, in pauses that double, will not come: its transaction
-/// has failed.
-const PAUSE_MS_MAX: u64 = 512;
+/// The first pause in waiting for a record; each is twice as long as the one before.
+const PAUSE_MIN: Duration = Duration::from_millis(1);
+/// A record that has not come after a pause of this length will not come: its transaction has failed.
+const PAUSE_MAX: Duration = Duration::from_millis(512);
 /// When nothing has come for so long, it has ceased to flow.
 const FLOWS_FOR: Duration = Duration::from_millis(20);
 
@@ -162,7 +176,7 @@ impl EarlyPush {
             return true;
         }
         let hints = it.hint.count - self.seen;
-        if self.members_are_busy(&it) {
+        if self.members_are_busy_for(&it).is_some() {
             return false;
         }
         if hints == 0 {
@@ -170,16 +184,18 @@ impl EarlyPush {
         }
         self.seen = it.hint.count;
         self.missed = None;
-        // Some of several have come. Others that only lack the processor may still join them: where it
+        // Some of several may have come. Others that only lack the processor can still join them: where it
         // is free, this takes no time.
         if hints > 1 && gathered > 0 {
             std::thread::yield_now();
+            if insert_lsn() <= it.hint.lsn {
+                self.missed = Some(Missed::new(it.hint.lsn, it.now));
+            }
             return true;
         }
         let has_come = self.patience.spin_until(|| insert_lsn() > it.hint.lsn);
         if !has_come {
-            let (lsn, pause_ms) = (it.hint.lsn, 1);
-            self.missed = Some(Missed { lsn, pause_ms });
+            self.missed = Some(Missed::new(it.hint.lsn, it.now));
         }
         has_come
     }
@@ -189,26 +205,42 @@ impl EarlyPush {
             return false;
         };
         let has_come = insert_lsn > missed.lsn;
-        missed.pause_ms *= 2;
-        if has_come || missed.pause_ms > PAUSE_MS_MAX {
+        if it.now >= missed.next_look {
+            missed.pause *= 2;
+            missed.next_look = it.now + missed.pause;
+        }
+        if has_come || missed.pause > PAUSE_MAX {
             self.missed = None;
         }
         // It may have been flushed, and sent for that.
         has_come && insert_lsn > it.sent_lsn
     }
 
-    pub fn pushed(&mut self, end_lsn: Lsn, now: Duration) {
-        self.last = Some(Pushed { end_lsn, at: now });
+    /// What was due has been sent, up to `sent_lsn`, to those who could take it.
+    pub fn pushed(&mut self, it: &Situation, sent_lsn: Lsn) {
+        if sent_lsn > it.sent_lsn {
+            self.last = Some(Pushed {
+                end_lsn: sent_lsn,
+                at: it.now,
+            });
+        } else {
+            // Nobody could. Sockets that have room again wake the worker; then it looks.
+            self.missed = Some(Missed::new(it.sent_lsn, it.now));
+        }
     }
 
     /// An answer of the quorum is due, which will wake the worker, and until which there is nothing
-    /// to be done.
-    pub fn members_are_busy(&self, it: &Situation) -> bool {
-        self.last.as_ref().is_some_and(|last| {
-            let is_answered =
-                it.commit_lsn >= last.end_lsn || it.now >= last.at + self.answers.last;
-            !is_answered && !self.answers.are_far(it.round_trip)
-        })
+    /// to be done; for so long at most.
+    pub fn members_are_busy_for(&self, it: &Situation) -> Option<Duration> {
+        let last = self.last.as_ref()?;
+        let left = (last.at + self.answers.last).checked_sub(it.now)?;
+        let is_answered = it.commit_lsn >= last.end_lsn || left.is_zero();
+        (!is_answered && !self.answers.are_far(it.round_trip)).then_some(left)
+    }
+
+    /// A hint has come that was not looked at yet.
+    pub fn has_hint(&self, it: &Situation) -> bool {
+        it.hint.count != self.seen
     }
 
     /// The quorum has answered, so long after it was sent something.
@@ -219,8 +251,14 @@ impl EarlyPush {
     /// When to look again though nobody calls; `None` if that need not be.
     pub fn next_look_ms(&self, now: Duration) -> Option<u64> {
         let flows = (now < self.flows_until).then_some(POLL_MS);
-        flows.or(self.missed.as_ref().map(|missed| missed.pause_ms))
+        let missed = self.missed.as_ref();
+        flows.or(missed.map(|missed| ceil_ms(missed.next_look.saturating_sub(now))))
     }
+}
+
+/// For a time-out that must not end too early.
+pub fn ceil_ms(time: Duration) -> u64 {
+    u64::try_from(time.as_micros().div_ceil(1000)).unwrap_or(u64::MAX)
 }
 
 /// How long the quorum takes to answer.
@@ -336,27 +374,59 @@ mod tests {
         let late = Hint { count: 9, ..one };
         assert!(!early.is_due(situation(late, at(2)), || Lsn(2000)));
         assert_eq!(early.next_look_ms(at(2)), Some(1));
-        assert!(!early.is_due(situation(late, at(3)), || Lsn(2000)));
-        assert_eq!(early.next_look_ms(at(3)), Some(2));
-        assert!(early.is_due(situation(late, at(4)), || Lsn(2001)));
-        assert_eq!(early.next_look_ms(at(4)), None);
-        // One that never comes is given up.
+        // Other reasons to look do not use it up.
+        for us in 3..100 {
+            assert!(!early.is_due(situation(late, at(us)), || Lsn(2000)));
+            assert_eq!(early.next_look_ms(at(us)), Some(1));
+        }
+        assert!(!early.is_due(situation(late, at(1002)), || Lsn(2000)));
+        assert_eq!(early.next_look_ms(at(1002)), Some(2));
+        assert!(early.is_due(situation(late, at(1003)), || Lsn(2001)));
+        assert_eq!(early.next_look_ms(at(1003)), None);
+        // One that never comes is given up, after a second.
         let failed = Hint { count: 10, ..one };
-        let looks = (0..100).take_while(|&us| {
-            assert!(!early.is_due(situation(failed, at(us)), || Lsn(2000)));
-            early.next_look_ms(at(us)).is_some()
+        let ms = |ms: u64| at(1000 * ms);
+        let given_up = (2..5000).find(|&now| {
+            assert!(!early.is_due(situation(failed, ms(now)), || Lsn(2000)));
+            early.next_look_ms(ms(now)).is_none()
         });
-        assert_eq!(looks.count(), 10);
-        // Of two one has come.
+        assert!(
+            given_up.is_some_and(|now| (1000..1100).contains(&now)),
+            "{given_up:?}"
+        );
+        // Of two, what there is, and then the rest.
         let two = Hint { count: 12, ..one };
-        assert!(early.is_due(situation(two, at(4)), || Lsn(1500)));
+        assert!(early.is_due(situation(two, ms(6000)), || Lsn(1500)));
+        let sent = Situation {
+            sent_lsn: Lsn(1500),
+            ..situation(two, ms(6001))
+        };
+        assert!(!early.is_due(sent, || Lsn(1500)));
+        assert!(early.is_due(sent, || Lsn(2001)));
+    }
+
+    #[test]
+    fn what_nobody_could_take_is_looked_for_again() {
+        let mut early = EarlyPush::new(NOTHING);
+        early.answered(at(300), at(0));
+        let one = Hint {
+            count: 8,
+            lsn: Lsn(2000),
+        };
+        let come = || Lsn(2001);
+        let it = situation(one, at(1000));
+        assert!(early.is_due(it, come));
+        early.pushed(&it, it.sent_lsn);
+        assert_eq!(early.members_are_busy_for(&it), None);
+        assert_eq!(early.next_look_ms(it.now), Some(1));
+        assert!(early.is_due(situation(one, at(1100)), come));
     }
 
     #[test]
     fn while_the_members_flush_commits_gather() {
         let mut early = EarlyPush::new(NOTHING);
         early.answered(at(300), at(900));
-        early.pushed(Lsn(1100), at(1000));
+        early.pushed(&situation(NOTHING, at(1000)), Lsn(1100));
         let one = Hint {
             count: 8,
             lsn: Lsn(2000),
@@ -369,7 +439,7 @@ mod tests {
         };
         assert!(early.is_due(answered, come), "the hint has waited");
         // An answer that is late is not waited for.
-        early.pushed(Lsn(2001), at(1200));
+        early.pushed(&situation(one, at(1200)), Lsn(2001));
         let next = Hint { count: 9, ..one };
         assert!(!early.is_due(situation(next, at(1499)), come));
         assert!(early.is_due(situation(next, at(1500)), come));

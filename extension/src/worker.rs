@@ -38,8 +38,6 @@ const ENTRY: &CStr = c"walproposer_main";
 const RESTART_SECONDS: i32 = 1;
 /// While waiting for a WAL sender slot, and at shutdown for sessions: neither wakes us.
 const POLL_MS: u64 = 50;
-/// A member that is to answer, and will wake us, is not relied upon for longer.
-const ANSWER_MS: u64 = 100;
 
 /// From `_PG_init` in the postmaster.
 pub fn register() {
@@ -116,11 +114,11 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
             line.idle_ms(wants_last_sender)
         };
         let timeout_ms = pusher.idle_ms().min(limit);
-        let timeout_ms = if pusher.awaits_answer() {
+        let timeout_ms = if let Some(answer_ms) = pusher.awaits_answer_ms() {
             wal_sender_slot::sleep_through_flushes();
             hints.inspect(|hints| hints.be_quiet());
-            timeout_ms.min(ANSWER_MS)
-        } else if wal_sender_slot::wake_on_flush(flushed_lsn) {
+            timeout_ms.min(answer_ms)
+        } else if wal_sender_slot::wake_on_flush(flushed_lsn) && !pusher.has_hint() {
             timeout_ms
         } else {
             0

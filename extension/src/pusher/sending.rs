@@ -5,14 +5,14 @@
 //! members flush it at the same time as this server does. What is flushed goes out in any case.
 //!
 //! News of a commit travels with the next WAL. Where none follows, it goes by itself after a moment; at
-//! once if somebody waits for standbys to replay.
+//! once if somebody waits already for standbys to replay.
 
 use std::time::Duration;
 
 use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
 
 use super::{Member, Pusher, millis, thread_panicked};
-use crate::early_push::Situation;
+use crate::early_push::{Situation, ceil_ms};
 use crate::feed::FeedPanicked;
 use crate::local_wal::Origins;
 use crate::{postgres, settings, shmem};
@@ -34,35 +34,48 @@ enum Place {
 impl Pusher {
     pub(super) fn send_all(&mut self) {
         self.more_to_send = false;
-        let local = self.sendable();
+        let (local, early) = self.sendable();
         for at in 0..self.members.len() {
             if let Err(reason) = self.send(at, local) {
                 self.close(at, &reason);
             }
         }
+        if let Some(situation) = early {
+            self.early_push.pushed(&situation, self.positions.sent_lsn);
+        }
     }
 
-    /// How far WAL is to be sent now. What was pushed early stays sent.
-    fn sendable(&mut self) -> LocalWal {
+    /// How far WAL is to be sent now; and how things stand, if that is early. What was pushed early stays
+    /// sent.
+    fn sendable(&mut self) -> (LocalWal, Option<Situation>) {
         if let Some(end_lsn) = self.standby_end_lsn {
-            return LocalWal {
+            let local = LocalWal {
                 end_lsn,
                 flush_lsn: end_lsn,
             };
+            return (local, None);
         }
         let flush_lsn = postgres::flushed_lsn();
         self.local_wal.prefers_files = !settings::read_wal_buffers();
         let mut end_lsn = flush_lsn.max(self.positions.sent_lsn);
         let situation = self.situation(end_lsn);
-        if let Some(buffers) = &self.local_wal.buffers
-            && !self.local_wal.prefers_files
-            && self.proposer.is_leading()
+        let mut early = None;
+        if self.pushes_early()
+            && let Some(buffers) = &self.local_wal.buffers
             && self.early_push.is_due(situation, || buffers.reserved_lsn())
         {
             end_lsn = end_lsn.max(buffers.inserted_lsn());
-            self.early_push.pushed(end_lsn, situation.now);
+            early = Some(situation);
         }
-        LocalWal { end_lsn, flush_lsn }
+        (LocalWal { end_lsn, flush_lsn }, early)
+    }
+
+    /// WAL is pushed before it is flushed, when that is due.
+    fn pushes_early(&self) -> bool {
+        self.local_wal.buffers.is_some()
+            && !self.local_wal.prefers_files
+            && self.standby_end_lsn.is_none()
+            && self.proposer.is_leading()
     }
 
     fn situation(&self, sent_lsn: Lsn) -> Situation {
@@ -93,10 +106,18 @@ impl Pusher {
         lack_it.map(|(at, _)| self.news_due_ms(at)).min()
     }
 
-    /// Nothing is to be done before the members answer, which will wake us.
-    pub fn awaits_answer(&self) -> bool {
+    /// Nothing is to be done before the members answer, which will wake us; for so long at most.
+    pub fn awaits_answer_ms(&self) -> Option<u64> {
+        let situation = self.situation(self.positions.sent_lsn);
         self.early_push
-            .members_are_busy(&self.situation(self.positions.sent_lsn))
+            .members_are_busy_for(&situation)
+            .map(ceil_ms)
+    }
+
+    /// A commit was announced while something else was done.
+    pub fn has_hint(&self) -> bool {
+        let situation = self.situation(self.positions.sent_lsn);
+        self.pushes_early() && self.early_push.has_hint(&situation)
     }
 
     fn send(&mut self, at: usize, local: LocalWal) -> Result<(), String> {
