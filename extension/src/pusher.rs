@@ -350,9 +350,17 @@ fn members(settings: &Settings) -> Vec<Member> {
     settings.safekeepers.iter().map(member).collect()
 }
 
+/// Some of what is compared moves: one look may hit two moments, several will not.
+const ATTACH_ATTEMPTS: usize = 3;
+
 /// The server's WAL buffers, if they are where this version expects them.
 fn attach_buffers(format: WalFormat) -> Option<WalBuffers> {
-    let attached = WalBuffers::attach(format);
+    let mut attached = WalBuffers::attach(format);
+    for _ in 1..ATTACH_ATTEMPTS {
+        if attached.is_err() {
+            attached = WalBuffers::attach(format);
+        }
+    }
     if let Err(reason) = &attached {
         postgres::warning(
             format!(
