@@ -22,7 +22,8 @@
 //! number that was given up: whoever ends recovery by hand must not get it again.
 //!
 //! What a crash leaves: a standby as before. A won term that nobody uses is an empty reign; the
-//! local history and the placeholders are void at the next start. After the end of recovery: a
+//! local history and the placeholders are void at the next start, and so are the first files of the
+//! timeline, if Postgres had come to write them. After the end of recovery: a
 //! primary that has begun its timeline in a term that is its own.
 
 use std::ffi::CStr;
@@ -434,6 +435,25 @@ pub fn remove_placeholders(pg_wal: &Path) {
     }
 }
 
+/// All that there is of a timeline. The history file goes last: while it is there, this is done again.
+pub fn remove_timeline(pg_wal: &Path, tli: u32) -> std::io::Result<()> {
+    let history = history_file_name(tli);
+    let segments = format!("{tli:08X}");
+    for entry in std::fs::read_dir(pg_wal)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let is_segment = |name: &str| name.len() == 24 && name.starts_with(&segments);
+        if name.to_str().is_some_and(is_segment) {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    match std::fs::remove_file(pg_wal.join(history)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    std::fs::File::open(pg_wal)?.sync_all()
+}
+
 /// The worker's first step: a term is handed over, or will not be.
 pub fn await_end() {
     let is_gone = || (!promotion::wake_promoter() || stop::is_requested()).then_some(());
@@ -444,6 +464,31 @@ pub fn await_end() {
 mod tests {
     use super::*;
     use safekeeper_wal::TimelineHistory;
+
+    #[test]
+    fn a_timeline_goes_with_all_its_files_and_no_others() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let all = [
+            "000000010000000000000005",
+            "00000002.history",
+            "000000020000000000000005",
+            "000000020000000000000006",
+            "00000003.history",
+            "000000030000000200000002",
+        ];
+        for name in all {
+            std::fs::write(dir.path().join(name), "x").expect("written");
+        }
+        for _ in 0..2 {
+            remove_timeline(dir.path(), 2).expect("removed");
+            let left = all.iter().filter(|name| dir.path().join(name).exists());
+            assert_eq!(
+                left.collect::<Vec<_>>(),
+                [&all[0], &all[4], &all[5]],
+                "once, and again"
+            );
+        }
+    }
 
     #[test]
     fn placeholders_take_what_is_free_and_stay_only_below_a_real_file() {

@@ -150,6 +150,7 @@ fn user(settings: &Settings) -> String {
 /// Nobody's wish to end recovery outlives the server that it was told. Postgres itself removes the
 /// file only when the postmaster starts.
 fn become_standby() {
+    forget_half_a_promotion();
     forget_reigns();
     let _ = std::fs::remove_file(postgres::data_directory().join("promote"));
     let setting = |name| postgres::setting(name).unwrap_or_default();
@@ -161,11 +162,37 @@ fn become_standby() {
     }
 }
 
+/// It died while it was promoted. The history file of the timeline that it was about to begin may be there,
+/// and would have it wait for WAL that nobody will ever write.
+fn forget_half_a_promotion() {
+    let data_dir = postgres::data_directory();
+    let local = load_local_history(&data_dir, postgres::system_id());
+    let claimed = claimed_tli(&local);
+    if claimed > postgres::ControlFile::read().tli {
+        let pg_wal = data_dir.join("pg_wal");
+        if let Err(error) = promoter::remove_timeline(&pg_wal, claimed) {
+            postgres::fatal(
+                PgSqlErrorCode::ERRCODE_IO_ERROR,
+                format!(
+                    "could not remove timeline {claimed}, which was never begun, from pg_wal: {error}"
+                ),
+                "",
+            );
+        }
+        promoter::remove_placeholders(&pg_wal);
+    }
+}
+
+/// The timeline of its last reign.
+fn claimed_tli(local: &LocalHistory) -> u32 {
+    local.history.last().map_or(0, |reign| reign.tli.0)
+}
+
 /// When recovery ends, `standby.signal` goes a moment before the new timeline is noted in the control
 /// file. A server that died in between would go on writing on the old timeline, in the name of a
 /// reign that was won for the new one.
 fn refuse_half_a_promotion(control: &postgres::ControlFile, local: &LocalHistory) {
-    let claimed = local.history.last().map_or(0, |reign| reign.tli.0);
+    let claimed = claimed_tli(local);
     if claimed > control.tli {
         postgres::fatal(
             PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,

@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use cluster_tests::ledger::{Acknowledged, Ledger};
 use cluster_tests::link::{Direction, Link};
+use cluster_tests::place::give_to_server_user;
 use cluster_tests::poll::{SOON, never_within, wait_for, wait_until};
 use cluster_tests::postgres::{Postgres, Stop};
 use cluster_tests::process::signal_descendant;
 use cluster_tests::safekeeper::Safekeeper;
+use cluster_tests::wal_compare::file_names;
 use cluster_tests::{BackgroundCommit, Cluster, safekeepers_setting};
 use safekeeper_protocol::Lsn;
 
@@ -464,6 +466,7 @@ impl Crowd {
             assert!(is_standby || log.contains("Run pg_rewind"), "{log}");
             if is_standby {
                 self.first.touch("standby.signal");
+                self.leave_history_of_half_a_promotion(&log);
             }
         }
         if is_standby {
@@ -476,6 +479,25 @@ impl Crowd {
         self.second.sql("create table still_leads (a int)");
         assert_eq!(term(&self.cluster), reign);
         self.first_stops();
+    }
+
+    /// Its history file is written before all that: a moment that is hard to hit from outside.
+    fn leave_history_of_half_a_promotion(&self, log: &str) {
+        let tli = log
+            .split("promoted to timeline ")
+            .nth(1)
+            .and_then(|rest| rest.split(',').next())
+            .and_then(|number| number.parse::<u32>().ok())
+            .expect("it says which");
+        let path = self.first.wal_dir().join(format!("{tli:08X}.history"));
+        if !path.exists() {
+            // The other one began its timeline at the same place.
+            let theirs = file_names(&self.second.wal_dir());
+            let theirs = theirs.iter().rfind(|name| name.ends_with(".history"));
+            let theirs = self.second.wal_dir().join(theirs.expect("it was promoted"));
+            std::fs::copy(theirs, &path).expect("the server does not run");
+            give_to_server_user(&path);
+        }
     }
 
     fn first_stops(&mut self) {
