@@ -22,19 +22,18 @@ use safekeeper_wire::pgwire::{
 };
 use safekeeper_wire::scram::{MECHANISM, MECHANISM_PLUS, ServerExchange, Verifier};
 
-use crate::access::{Method, method_for};
+use crate::access::{AccessControl, Method, method_for};
 use crate::connection::Connection;
 use crate::users::Role;
 
 /// What the peer may do, once it has shown who it is.
 pub fn authenticate(
     connection: &mut Connection,
+    access: &AccessControl,
     deadline: Instant,
 ) -> Result<Vec<Role>, ConnectionError> {
-    let shared = connection.shared.clone();
     let user = connection.startup.user.clone();
     let address = connection.peer().ip();
-    let access = shared.access();
     let known = access.users.find(&user).cloned();
     let is_encrypted = connection.channel.is_encrypted();
     let refused = |what: &str| {
@@ -65,7 +64,7 @@ pub fn authenticate(
         Some(Method::Scram) => {
             let question = Question {
                 verifier: known.as_ref().and_then(|user| user.verifier.clone()),
-                nobody: Verifier::of_nobody(&user, &shared.secret),
+                nobody: Verifier::of_nobody(&user, &connection.shared.secret),
                 end_point: access.tls.as_ref().and_then(|tls| tls.end_point.as_deref()),
             };
             match question.ask(connection, deadline)? {

@@ -28,7 +28,9 @@ use safekeeper_wire::pgwire::{
     ConnectionError, ErrorReport, Filled, Input, LEN_MAX_UNAUTHENTICATED, Output, Wait, closed,
 };
 use safekeeper_wire::startup::{Opening, Startup, next_opening};
+use safekeeper_wire::tls::ServerTls;
 
+use crate::access::AccessControl;
 use crate::authenticate::authenticate;
 use crate::replication_command::{ReplicationCommand, parse};
 use crate::server::Shared;
@@ -153,11 +155,13 @@ impl Connection {
         let socket = self.channel.socket();
         socket.set_write_timeout(Some(STALL_TIMEOUT))?;
         let deadline = Instant::now() + STARTUP_TIMEOUT;
-        let Some(startup) = self.handshake(deadline)? else {
+        // One for all of it: what is reloaded meanwhile is for the next.
+        let access = self.shared.access();
+        let Some(startup) = self.handshake(&access, deadline)? else {
             return Ok(());
         };
         self.startup = startup;
-        self.roles = authenticate(self, deadline)?;
+        self.roles = authenticate(self, &access, deadline)?;
         self.shared.let_in(self.id)?;
         self.greet()?;
         let patience = self.shared.config.first_command_timeout;
@@ -171,9 +175,18 @@ impl Connection {
     }
 
     /// None: the peer only wanted something cancelled.
-    fn handshake(&mut self, deadline: Instant) -> Result<Option<Startup>, ConnectionError> {
+    fn handshake(
+        &mut self,
+        access: &AccessControl,
+        deadline: Instant,
+    ) -> Result<Option<Startup>, ConnectionError> {
+        let tls = access.tls.as_ref();
         loop {
-            if self.input.arrived().first() == Some(&TLS_HANDSHAKE) && self.encrypt(deadline)? {
+            let tls = tls.filter(|_| !self.channel.is_encrypted());
+            if let Some(tls) = tls
+                && self.input.arrived().first() == Some(&TLS_HANDSHAKE)
+            {
+                self.encrypt(tls, deadline)?;
                 if !self.channel.has_named_protocol() {
                     return Err(ConnectionError::Fatal(ErrorReport::protocol(
                         "received direct SSL connection request without ALPN protocol negotiation extension",
@@ -181,7 +194,8 @@ impl Connection {
                 }
                 continue;
             }
-            match next_opening(&mut self.input).map_err(ConnectionError::Fatal)? {
+            let opening = next_opening(&mut self.input).map_err(ConnectionError::Fatal)?;
+            match opening {
                 Some(Opening::Startup(startup)) => return Ok(Some(startup)),
                 Some(Opening::Cancel) => return Ok(None),
                 Some(Opening::Tls | Opening::Gssapi) if self.channel.is_encrypted() => {
@@ -189,7 +203,7 @@ impl Connection {
                         "encryption asked for inside an encrypted connection",
                     )));
                 }
-                Some(Opening::Tls) if self.shared.access().tls.is_some() => {
+                Some(Opening::Tls) if let Some(tls) = tls => {
                     // What came along unencrypted may be of somebody in between.
                     if self.input.is_inside_frame() {
                         return Err(ConnectionError::Fatal(
@@ -201,7 +215,7 @@ impl Connection {
                         ));
                     }
                     self.channel.send_all(&mut [IoSlice::new(b"S")])?;
-                    self.encrypt(deadline)?;
+                    self.encrypt(tls, deadline)?;
                 }
                 // The peer decides whether to go on without.
                 Some(Opening::Tls | Opening::Gssapi) => {
@@ -224,29 +238,21 @@ impl Connection {
         }
     }
 
-    /// The handshake of TLS, of which the beginning may have arrived. False if there is none here, or was one
-    /// before.
-    fn encrypt(&mut self, deadline: Instant) -> Result<bool, ConnectionError> {
-        let access = self.shared.access();
-        let Some(tls) = access.tls.as_ref().filter(|_| !self.channel.is_encrypted()) else {
-            return Ok(false);
-        };
+    /// The handshake of TLS, of which the beginning may have arrived.
+    fn encrypt(&mut self, tls: &ServerTls, deadline: Instant) -> Result<(), ConnectionError> {
         let arrived = self.input.arrived().to_vec();
         self.input.discard();
         let accepted = self
             .channel
             .accept_tls(tls.config.clone(), &arrived, deadline);
-        match accepted {
-            Ok(()) => Ok(true),
+        accepted.map_err(|error| {
             // The peer has been told by TLS's own alert, if at all.
-            Err(error) => {
-                log::warn!(
-                    "could not accept an encrypted connection: {error} from={}",
-                    self.peer
-                );
-                Err(ConnectionError::Lost(io::Error::other(error)))
-            }
-        }
+            log::warn!(
+                "could not accept an encrypted connection: {error} from={}",
+                self.peer
+            );
+            ConnectionError::Lost(io::Error::other(error))
+        })
     }
 
     /// What a server says when a session begins. Clients look for these settings; the version is

@@ -105,6 +105,7 @@ impl Channel {
             [b'S'] => {}
             [b'N'] if tls.is_needed() => return Err(TlsError::NotOffered),
             [b'N'] => return Ok(()),
+            [b'E'] => return Err(TlsError::Refused),
             [byte] => return Err(TlsError::Answer(byte)),
         }
         let name = match ServerName::try_from(host.to_owned()) {
@@ -142,7 +143,7 @@ impl Channel {
                 return Err(error.into());
             }
         }
-        if !arrived.is_empty() {
+        while !arrived.is_empty() {
             session.read_tls(&mut arrived)?;
             session.process_new_packets()?;
         }

@@ -66,6 +66,9 @@ pub enum TlsError {
     HalfAPair,
     #[error("the server does not support TLS, and sslmode demands it")]
     NotOffered,
+    /// What it said may be of anybody, as nothing is encrypted yet.
+    #[error("the server refuses the connection, and its log says why: it may have too many")]
+    Refused,
     #[error("0x{0:02x} is no answer to the question for TLS")]
     Answer(u8),
     #[error("\"{0}\" is no host name that a certificate could have")]
