@@ -101,6 +101,11 @@ impl Peer {
         &self.dial
     }
 
+    /// The next connections. One that is open stays.
+    pub fn dial_by(&mut self, dial: Dial) {
+        self.dial = dial;
+    }
+
     /// Connections after the first.
     pub fn reconnects(&self) -> u64 {
         self.connections.saturating_sub(1)

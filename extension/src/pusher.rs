@@ -48,7 +48,7 @@ use crate::local_log::{load_local_history, load_timelines, unled_from, wal_forma
 use crate::local_wal::WalReader;
 use crate::peer::Peer;
 use crate::postgres;
-use crate::settings::Settings;
+use crate::settings::{Settings, settings};
 use crate::shmem::{self, Status};
 use crate::slot::Slot;
 use crate::standby_xmin::MemberXmins;
@@ -323,7 +323,12 @@ impl Pusher {
         }
     }
 
-    pub fn on_reload(&self) {
+    pub fn on_reload(&mut self) {
+        let conninfo = settings().conninfo;
+        for Member { peer, .. } in &mut self.members {
+            let address = peer.dial().address.clone();
+            peer.dial_by(conninfo.dial(&address, postgres::os_user));
+        }
         if let Some(wal_sender) = self.wal_sender.as_ref().filter(|_| self.is_streaming) {
             wal_sender.on_reload();
         }

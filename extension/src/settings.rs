@@ -163,6 +163,7 @@ pub fn define() {
         c"Safekeepers to which WAL is pushed, as a list of host:port.",
         c"A commit returns once a majority of them has flushed it. Empty: the extension does nothing.",
         &SAFEKEEPERS,
+        GucContext::Postmaster,
         Some(check_safekeepers),
     );
     define_text(
@@ -170,6 +171,7 @@ pub fn define() {
         c"How to connect to the safekeepers, in libpq's keyword=value form.",
         c"Keywords: user, passfile, connect_timeout, sslmode, sslrootcert, sslcert, sslkey.",
         &CONNINFO,
+        GucContext::Sighup,
         Some(check_conninfo),
     );
     define_text(
@@ -177,6 +179,7 @@ pub fn define() {
         c"Name by which consumers choose this cluster at the safekeepers.",
         c"",
         &CLUSTER_NAME,
+        GucContext::Postmaster,
         Some(check_cluster_name),
     );
     define_text(
@@ -184,6 +187,7 @@ pub fn define() {
         c"Replication slot that keeps WAL until every reachable safekeeper has it.",
         c"",
         &SLOT_NAME,
+        GucContext::Postmaster,
         Some(check_slot_name),
     );
     GucRegistry::define_int_guc(
@@ -298,13 +302,14 @@ fn define_text(
     short: &'static CStr,
     long: &'static CStr,
     setting: &'static GucSetting<Option<CString>>,
+    context: GucContext,
     check: pg_sys::GucStringCheckHook,
 ) {
-    let (at_start, none) = (GucContext::Postmaster, GucFlags::empty());
+    let none = GucFlags::empty();
     // SAFETY: the check hooks below are guarded against panics.
     unsafe {
         GucRegistry::define_string_guc_with_hooks(
-            name, short, long, setting, at_start, none, check, None, None,
+            name, short, long, setting, context, none, check, None, None,
         );
     }
 }

@@ -125,7 +125,7 @@ pub fn before_recovery() {
 }
 
 /// A server that can't say it to its `restore_command` can run all the same.
-fn leave_fetch_settings(settings: &Settings) {
+pub fn leave_fetch_settings(settings: &Settings) {
     let stored = fetch_settings::store(
         &postgres::data_directory(),
         &settings.safekeepers,

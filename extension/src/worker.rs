@@ -23,8 +23,9 @@ use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
 use std::ffi::{CStr, c_char, c_int};
 
 use crate::pusher::Pusher;
-use crate::settings::settings;
+use crate::settings;
 use crate::shmem::{self, Status};
+use crate::start::leave_fetch_settings;
 use crate::stop::{self, Line, Stopping};
 use crate::threads::{WakeReceiver, Waker, waker};
 use crate::wait_set::WaitSet;
@@ -78,7 +79,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
     prepare_process();
     // SAFETY: a callback that lives as long as the process.
     unsafe { pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::null()) };
-    let settings = settings();
+    let settings = settings::settings();
     let Some(wal_sender) = take_wal_sender_slot() else {
         end();
     };
@@ -97,6 +98,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
         check_for_interrupts!();
         if postgres::reload_if_asked() {
             pusher.on_reload();
+            leave_fetch_settings(&settings::settings());
         }
         pusher.turn(wait_set.ready());
         if stop::is_requested() {

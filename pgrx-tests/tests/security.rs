@@ -351,7 +351,13 @@ fn what_is_changed_is_read_anew() {
         .signal(libc::SIGHUP);
     secure.cluster.wait_streaming(3);
 
-    // From a password to a certificate, which must be of that user.
+    // From a password to a certificate, which must be of that user, and while the worker runs.
+    for at in 0..3 {
+        remove_user(&secure.cluster.safekeepers[at], "walproposer");
+        secure.cluster.safekeepers[at]
+            .process()
+            .signal(libc::SIGHUP);
+    }
     let issued = secure.certificate_for("certified", false);
     let shown = format!(
         "sslcert={} sslkey={}",
@@ -360,8 +366,14 @@ fn what_is_changed_is_read_anew() {
     );
     secure.push_as("certified", &shown);
     secure.cluster.primary.reload();
-    another_worker(&secure);
-    secure.cluster.wait_streaming(3);
+    for at in 0..3 {
+        secure.cluster.safekeepers[at].kill9();
+        secure.cluster.safekeepers[at].start();
+        secure.cluster.wait_streaming(3);
+    }
+    let settings = secure.cluster.primary.data().join("walproposer.toml");
+    let settings = std::fs::read_to_string(settings).expect("it is there");
+    assert!(settings.contains("certified"), "{settings}");
     secure.cluster.primary.sql("insert into t values (2)");
     let end = secure.cluster.wait_all_caught_up(SOON);
     secure.cluster.assert_wal_equal(end);
