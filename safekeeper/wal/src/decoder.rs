@@ -38,6 +38,7 @@
 use safekeeper_protocol::Lsn;
 
 use crate::bytes::{u32_at, u64_at};
+use crate::crc::crc32c_append;
 use crate::error::WalError;
 use crate::format::WalFormat;
 use crate::history::TimelineHistory;
@@ -424,7 +425,7 @@ impl WalDecoder {
         let padding_len =
             (ALIGNMENT as usize - record.len() % ALIGNMENT as usize) % ALIGNMENT as usize;
         let padding = bytes.get(record.len()..record.len() + padding_len)?;
-        let body_crc = crc32c::crc32c(record.get(HEADER_SIZE..)?);
+        let body_crc = crc32c_append(0, record.get(HEADER_SIZE..)?);
         let is_ordinary = !header.is_switch() && !header.is_overwrite_contrecord();
         let is_sound = padding.iter().all(|byte| *byte == 0)
             && header.crc == record_crc(body_crc, header_bytes)
@@ -537,7 +538,7 @@ impl WalDecoder {
         on_record: &mut impl FnMut(&Record),
     ) -> Result<usize, WalError> {
         let part = &bytes[..bytes.len().min(remaining as usize)];
-        self.record.body_crc = crc32c::crc32c_append(self.record.body_crc, part);
+        self.record.body_crc = crc32c_append(self.record.body_crc, part);
         if self.overwrite != Overwrite::No {
             self.record.overwrite_body.take(part, OVERWRITE_BODY_SIZE);
         }

@@ -21,6 +21,7 @@
 
 pub mod blocks;
 mod bytes;
+mod crc;
 pub mod decoder;
 pub mod end_of_log;
 pub mod error;

@@ -27,6 +27,7 @@
 use safekeeper_protocol::Lsn;
 
 use crate::bytes::{u32_at, u64_at};
+use crate::crc::crc32c_append;
 use crate::page::PgVersion;
 
 /// Bytes of the header of a record.
@@ -131,7 +132,7 @@ pub(crate) fn rmgr_is_valid(rmgr_id: u8) -> bool {
 
 /// The checksum of a record, from the CRC-32C of its body and its header's bytes.
 pub(crate) fn record_crc(body_crc: u32, header: &[u8; RECORD_HEADER_SIZE as usize]) -> u32 {
-    crc32c::crc32c_append(body_crc, &header[..CRC_OFFSET])
+    crc32c_append(body_crc, &header[..CRC_OFFSET])
 }
 
 #[cfg(test)]
