@@ -11,7 +11,6 @@ use crossbeam_channel::{Receiver, bounded};
 use safekeeper_protocol::PeerAddress;
 use safekeeper_wire::channel::Channel;
 use safekeeper_wire::credentials::Credentials;
-use safekeeper_wire::login::Login;
 use safekeeper_wire::passfile::PassfileError;
 use safekeeper_wire::tls::TlsError;
 use socket2::{SockRef, TcpKeepalive};
@@ -63,7 +62,6 @@ pub enum Dialled {
 /// Connects on this thread. The stream blocks, with the time-out set for reading and writing.
 pub fn connect(dial: &Dial) -> Result<Connected, ConnectError> {
     let PeerAddress { host, port } = &dial.address;
-    let password = dial.credentials.password(host, *port)?;
     let resolve_error = |source| ConnectError::Resolve {
         host: host.clone(),
         source,
@@ -77,10 +75,11 @@ pub fn connect(dial: &Dial) -> Result<Connected, ConnectError> {
             Ok(socket) => {
                 prepare(&socket, dial.timeout).map_err(ConnectError::Connect)?;
                 let mut stream = Channel::from(socket);
-                let Credentials { user, tls, .. } = &dial.credentials;
+                let credentials = &dial.credentials;
+                let Credentials { user, tls, .. } = credentials;
                 stream.request_tls(tls, host, Instant::now() + dial.timeout)?;
                 prepare(stream.socket(), dial.timeout).map_err(ConnectError::Connect)?;
-                let login = Login::new(password, stream.peer_end_point());
+                let login = credentials.login(host, *port, stream.peer_end_point())?;
                 let round_trip = start_wal_push(&mut stream, user, login)?;
                 return Ok(Connected { stream, round_trip });
             }

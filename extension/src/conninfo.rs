@@ -8,14 +8,15 @@
 //! `keyword=value`, separated by blanks; a value with blanks stands in single quotes, and in it
 //! `\'` and `\\` are a quote and a backslash, as libpq reads it. (`interfaces/libpq/fe-connect.c`)
 //!
-//! A word that this version would not act upon is an error: to pass over `channel_binding=require` would be
-//! a lie. So are words that libpq doesn't know, and words given twice.
+//! A word that is not acted upon here is an error: to pass over one like `channel_binding=require` would be a
+//! lie. So are words given twice, and a password, which everybody could read there.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use safekeeper_protocol::PeerAddress;
 use safekeeper_wire::credentials::Credentials;
+use safekeeper_wire::login::BindingMode;
 use safekeeper_wire::passfile::default_passfile;
 use safekeeper_wire::tls::{ClientTls, SslMode};
 
@@ -29,6 +30,7 @@ pub struct Conninfo {
     /// `None`: where libpq looks, `PGPASSFILE` or `.pgpass` at home.
     pub passfile: Option<PathBuf>,
     pub tls: ClientTls,
+    pub binding: BindingMode,
     /// For each address a host name resolves to, and again for the handshake.
     pub connect_timeout: Duration,
 }
@@ -45,6 +47,7 @@ impl Conninfo {
                 user: self.user.clone().unwrap_or_else(os_user),
                 passfile: self.passfile.clone().or_else(default_passfile),
                 tls: self.tls.clone(),
+                binding: self.binding,
             },
             timeout: self.connect_timeout,
         }
@@ -57,6 +60,7 @@ impl Default for Conninfo {
             user: None,
             passfile: None,
             tls: ClientTls::default(),
+            binding: BindingMode::default(),
             connect_timeout: CONNECT_TIMEOUT,
         }
     }
@@ -70,8 +74,8 @@ pub enum ConninfoError {
     Unterminated(String),
     #[error("unknown keyword \"{0}\"")]
     Unknown(String),
-    #[error("keyword \"{0}\" is not supported by this version")]
-    NotSupported(String),
+    #[error("passwords do not stand in the configuration: name a file in \"passfile\"")]
+    Password,
     #[error("keyword \"{0}\" is missing, which the others need")]
     Missing(&'static str),
     #[error("keyword \"{0}\" is given twice")]
@@ -83,9 +87,6 @@ pub enum ConninfoError {
         expected: &'static str,
     },
 }
-
-/// Words of libpq that later versions will take.
-const NOT_YET: [&str; 3] = ["password", "sslcrl", "channel_binding"];
 
 pub fn parse_conninfo(text: &str) -> Result<Conninfo, ConninfoError> {
     let mut conninfo = Conninfo::default();
@@ -103,11 +104,13 @@ pub fn parse_conninfo(text: &str) -> Result<Conninfo, ConninfoError> {
     let ClientTls {
         mode,
         root_cert,
+        crl,
         cert,
         key,
     } = &conninfo.tls;
     let missing = match mode {
         SslMode::VerifyCa | SslMode::VerifyFull if root_cert.is_none() => Some("sslrootcert"),
+        _ if crl.is_some() && root_cert.is_none() => Some("sslrootcert"),
         _ if cert.is_some() && key.is_none() => Some("sslkey"),
         _ if key.is_some() && cert.is_none() => Some("sslcert"),
         _ => None,
@@ -156,7 +159,13 @@ fn apply(conninfo: &mut Conninfo, keyword: &str, value: String) -> Result<(), Co
             })?;
             Ok(())
         }
-        "sslrootcert" | "sslcert" | "sslkey" if !value.starts_with('/') => {
+        "channel_binding" => {
+            conninfo.binding = value
+                .parse()
+                .map_err(|_| invalid(value, "expected disable, prefer or require"))?;
+            Ok(())
+        }
+        "sslrootcert" | "sslcert" | "sslkey" | "sslcrl" if !value.starts_with('/') => {
             Err(invalid(value, "expected an absolute path"))
         }
         "sslrootcert" => {
@@ -171,7 +180,11 @@ fn apply(conninfo: &mut Conninfo, keyword: &str, value: String) -> Result<(), Co
             conninfo.tls.key = Some(value.into());
             Ok(())
         }
-        _ if NOT_YET.contains(&keyword) => Err(ConninfoError::NotSupported(keyword.to_owned())),
+        "sslcrl" => {
+            conninfo.tls.crl = Some(value.into());
+            Ok(())
+        }
+        "password" => Err(ConninfoError::Password),
         _ => Err(ConninfoError::Unknown(keyword.to_owned())),
     }
 }
@@ -234,14 +247,18 @@ mod tests {
         let tls = |text: &str| parse_conninfo(text).expect(text).tls;
         assert_eq!(tls(""), ClientTls::default());
         assert_eq!(tls("sslmode=disable"), ClientTls::disabled());
-        let all = tls("sslmode=verify-full sslrootcert=/r sslcert=/c sslkey=/k");
+        let all = tls("sslmode=verify-full sslrootcert=/r sslcert=/c sslkey=/k sslcrl=/l");
         let expected = ClientTls {
             mode: SslMode::VerifyFull,
             root_cert: Some("/r".into()),
+            crl: Some("/l".into()),
             cert: Some("/c".into()),
             key: Some("/k".into()),
         };
         assert_eq!(all, expected);
+        let binding = |text: &str| parse_conninfo(text).expect(text).binding;
+        assert_eq!(binding(""), BindingMode::Prefer);
+        assert_eq!(binding("channel_binding=require"), BindingMode::Require);
     }
 
     #[test]
@@ -259,8 +276,16 @@ mod tests {
                 "invalid value \"x\" of \"passfile\": expected an absolute path",
             ),
             (
-                "channel_binding=require",
-                "keyword \"channel_binding\" is not supported by this version",
+                "password=secret",
+                "passwords do not stand in the configuration: name a file in \"passfile\"",
+            ),
+            (
+                "channel_binding=yes",
+                "invalid value \"yes\" of \"channel_binding\": expected disable, prefer or require",
+            ),
+            (
+                "sslcrl=/x",
+                "keyword \"sslrootcert\" is missing, which the others need",
             ),
             (
                 "sslmode=verify-full",

@@ -6,7 +6,8 @@
 //!   cluster_name = "main"
 //!   user = "postgres"
 //!   passfile = "/etc/postgresql/walproposer.pgpass"     if walproposer.conninfo names one, and likewise
-//!   sslmode = "verify-full"                             sslrootcert, sslcert, sslkey
+//!   sslmode = "verify-full"                             sslrootcert, sslcert, sslkey, sslcrl
+//!   channel_binding = "prefer"
 //! ```
 //!
 //! The command runs without a server to ask: during recovery, or for pg_rewind. So each start leaves
@@ -66,6 +67,7 @@ fn text(
     let ClientTls {
         mode,
         root_cert,
+        crl,
         cert,
         key,
     } = &conninfo.tls;
@@ -74,6 +76,7 @@ fn text(
         ("sslrootcert", root_cert),
         ("sslcert", cert),
         ("sslkey", key),
+        ("sslcrl", crl),
     ]
     .into_iter()
     .filter_map(|(name, path)| Some((name, path.as_ref()?)))
@@ -86,10 +89,12 @@ fn text(
          cluster_name = {}\n\
          user = {}\n\
          sslmode = \"{mode}\"\n\
+         channel_binding = \"{}\"\n\
          {files}",
         addresses.join(", "),
         quoted(cluster_name),
-        quoted(user)
+        quoted(user),
+        conninfo.binding
     )
 }
 

@@ -367,6 +367,7 @@ fn write_some(mut write: impl FnMut() -> io::Result<usize>) -> io::Result<usize>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use safekeeper_wire::login::BindingMode;
 
     /// A peer that says what it was told beforehand, in pieces, and keeps what it hears.
     struct Scripted {
@@ -397,7 +398,7 @@ mod tests {
 
     /// Who has no password.
     fn stranger() -> Login {
-        Login::new(None, None)
+        Login::new(None, None, BindingMode::Prefer)
     }
 
     fn peer(messages: &[(u8, &[u8])]) -> Scripted {

@@ -169,7 +169,7 @@ pub fn define() {
     define_text(
         c"walproposer.conninfo",
         c"How to connect to the safekeepers, in libpq's keyword=value form.",
-        c"Keywords: user, passfile, connect_timeout, sslmode, sslrootcert, sslcert, sslkey.",
+        c"Keywords: user, passfile, connect_timeout, channel_binding, sslmode, sslrootcert, sslcert, sslkey, sslcrl.",
         &CONNINFO,
         GucContext::Sighup,
         Some(check_conninfo),

@@ -27,6 +27,9 @@ struct Secure {
     authority: Authority,
     /// Its certificate.
     root: PathBuf,
+    /// A proposer's certificate, as good as any but for being revoked, and the list that says so.
+    revoked: Issued,
+    crl: PathBuf,
     passfile: PathBuf,
     /// How a client verifies, in libpq's words.
     verify: String,
@@ -37,17 +40,27 @@ impl Secure {
         let cluster = Cluster::prepare(&[]);
         let authority = Authority::new("authority");
         let root = authority.store(cluster.dir.path(), "authority");
+        let subject = Subject {
+            common_name: "certified",
+            hosts: &[],
+            is_expired: false,
+        };
+        let revoked = authority.issue(cluster.dir.path(), "revoked", subject);
+        let crl = authority.revoke(cluster.dir.path(), "authority", &[&revoked], 2100);
         let passfile = cluster.dir.path().join("pgpass");
         write_for_server(&passfile, PASSWORDS);
         let verify = format!(
-            "passfile={} sslmode=verify-full sslrootcert={}",
+            "passfile={} sslmode=verify-full sslrootcert={} sslcrl={}",
             passfile.display(),
-            root.display()
+            root.display(),
+            crl.display()
         );
         let mut secure = Secure {
             cluster,
             authority,
             root,
+            revoked,
+            crl,
             passfile,
             verify,
         };
@@ -63,26 +76,19 @@ impl Secure {
             add_user(safekeeper, "certified", "proposer", None);
         }
         secure.cluster.consumer = format!("user=standby {}", secure.verify);
-        secure.push_as("walproposer", "");
+        secure.push_as("walproposer", "channel_binding=require");
         secure
     }
 
     fn config(&self, at: usize) -> String {
-        let files = self.files_of_safekeeper(at);
+        let data = self.cluster.safekeepers[at].data();
+        let (cert, key) = (data.with_extension("crt"), data.with_extension("key"));
         format!(
-            "[tls]\ncert = {:?}\nkey = {:?}\nclient_ca = {:?}\n\
+            "[tls]\ncert = {:?}\nkey = {:?}\nclient_ca = {:?}\nclient_crl = {:?}\n\
              [[access]]\nuser = \"certified\"\nmethod = \"cert\"\n\
              [[access]]\naddress = \"127.0.0.0/8\"\ntls = true\nmethod = \"scram\"\n",
-            files.cert, files.key, self.root
+            cert, key, self.root, self.crl
         )
-    }
-
-    fn files_of_safekeeper(&self, at: usize) -> Issued {
-        let data = self.cluster.safekeepers[at].data();
-        Issued {
-            cert: data.with_extension("crt"),
-            key: data.with_extension("key"),
-        }
     }
 
     /// For the address that it listens on. What was there is replaced.
@@ -441,8 +447,8 @@ struct Strangers {
     addresses: Vec<SocketAddr>,
     /// The proof of somebody who was let in.
     overheard: Vec<u8>,
-    /// One with an expired certificate, one with another authority's, one with another user's, one with
-    /// none.
+    /// One with an expired certificate, one with another authority's, one with another user's, one with a
+    /// revoked one, one with none.
     tls: Vec<ClientTls>,
 }
 
@@ -469,17 +475,19 @@ impl Strangers {
                     .authority
                     .issue(&dir, "other", subject("standby", false)),
             ),
+            Some(secure.revoked.clone()),
             None,
         ];
         let tls = certificates.into_iter().map(|issued| ClientTls {
             mode: SslMode::VerifyFull,
             root_cert: Some(secure.root.clone()),
+            crl: None,
             cert: issued.as_ref().map(|issued| issued.cert.clone()),
             key: issued.map(|issued| issued.key),
         });
         let tls: Vec<_> = tls.collect();
         Strangers {
-            overheard: overhear(addresses[0], &tls[3]),
+            overheard: overhear(addresses[0], &tls[4]),
             addresses,
             tls,
         }
@@ -504,7 +512,7 @@ impl Strangers {
             false
         };
         let in_the_clear = |socket: TcpStream, said: &[&[u8]]| talk(socket.into(), said);
-        match n % 16 {
+        match n % 17 {
             // Anything.
             0 => in_the_clear(socket, &[&seed.repeat(1 + n % 50)]),
             // The beginning of something that never ends, and it stays.
@@ -522,7 +530,7 @@ impl Strangers {
             8 => in_the_clear(socket, &[&[0x16, 3, 1, 0, 40], &seed.repeat(5)]),
             // Who encrypts, with one certificate or another or none.
             kind => {
-                let tls = &self.tls[if kind < 12 { kind - 9 } else { 3 }];
+                let tls = &self.tls[if kind < 13 { kind - 9 } else { 4 }];
                 let mut channel = Channel::from(socket);
                 let host = address.ip().to_string();
                 let deadline = Instant::now() + SOON;
@@ -532,15 +540,15 @@ impl Strangers {
                 let _ = channel.socket().set_read_timeout(Some(SOON));
                 let oversized = [b'p', 0xFF, 0xFF, 0xFF, 0xFF];
                 match kind {
-                    9..12 => talk(channel, &[&startup("certified")]),
+                    9..13 => talk(channel, &[&startup("certified")]),
                     // Straight to the point, without an answer.
-                    12 => talk(
+                    13 => talk(
                         channel,
                         &[&startup("walproposer"), &message(b'Q', b"START_WAL_PUSH\0")],
                     ),
-                    13 => talk(channel, &[&startup("standby"), &oversized]),
+                    14 => talk(channel, &[&startup("standby"), &oversized]),
                     // The wrong password.
-                    14 => talk(
+                    15 => talk(
                         channel,
                         &[
                             &startup("walproposer"),

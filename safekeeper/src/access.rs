@@ -148,6 +148,7 @@ impl AccessControl {
             cert: files.cert,
             key: files.key,
             client_ca: files.client_ca,
+            client_crl: files.client_crl,
         });
         Ok(AccessControl {
             users: Users::load(data_dir)?,

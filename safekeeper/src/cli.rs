@@ -18,6 +18,7 @@ use safekeeper::users::{Role, User, Users};
 use safekeeper_client::follower::FollowerConfig;
 use safekeeper_protocol::{Lsn, MemberId, Tli};
 use safekeeper_wire::credentials::Credentials;
+use safekeeper_wire::login::BindingMode;
 use safekeeper_wire::passfile::default_passfile;
 use safekeeper_wire::scram::Verifier;
 use safekeeper_wire::tls::{ClientTls, SslMode};
@@ -227,6 +228,17 @@ struct TailArguments {
     sslcert: Option<PathBuf>,
     #[arg(long, env = "PGSSLKEY", value_name = "FILE", requires = "sslcert")]
     sslkey: Option<PathBuf>,
+    /// Certificates that those authorities have revoked.
+    #[arg(long, env = "PGSSLCRL", value_name = "FILE", requires = "sslrootcert")]
+    sslcrl: Option<PathBuf>,
+    /// disable, prefer or require, as libpq's.
+    #[arg(
+        long,
+        env = "PGCHANNELBINDING",
+        value_name = "MODE",
+        default_value = "prefer"
+    )]
+    channel_binding: BindingMode,
     #[arg(long, value_enum, default_value_t = TailFormat::Text)]
     output: TailFormat,
 }
@@ -377,7 +389,9 @@ fn tail(arguments: TailArguments) -> Result<(), Failure> {
                     root_cert: arguments.sslrootcert,
                     cert: arguments.sslcert,
                     key: arguments.sslkey,
+                    crl: arguments.sslcrl,
                 },
+                binding: arguments.channel_binding,
             },
             application_name: "safekeeper tail".to_owned(),
             cluster: arguments.cluster,

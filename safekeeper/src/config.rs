@@ -6,7 +6,7 @@
 //! | `http`              | `127.0.0.1:7676` | where metrics and status are served                       |
 //! | `trust_network`     | `false`          | listen beyond loopback though anybody is let in           |
 //! | `access`            | none             | tables: who is asked for a password (access.rs)           |
-//! | `tls`               | none             | table: `cert`, `key`, `client_ca`; without it nothing is encrypted |
+//! | `tls`               | none             | table: `cert`, `key`, `client_ca`, `client_crl`; without it nothing is encrypted |
 //! | `peers`             | see credentials.rs | table: as whom other safekeepers are asked for WAL (relay.rs) |
 //! | `max_connections`   | `100`            | connections at a time on `listen`                         |
 //! | `wal_keep_size`     | `1GB`            | WAL kept below commit_lsn that nobody connected needs     |
@@ -104,6 +104,8 @@ pub struct TlsFiles {
     pub key: PathBuf,
     /// Authorities of clients' certificates.
     pub client_ca: Option<PathBuf>,
+    /// What these have revoked.
+    pub client_crl: Option<PathBuf>,
 }
 
 impl Default for Config {
@@ -187,6 +189,15 @@ impl Config {
                 "max_wal_keep: {max} is less than wal_keep_size, {}",
                 self.wal_keep_size
             )));
+        }
+        if let Some(tls) = &self.tls
+            && tls.client_crl.is_some()
+            && tls.client_ca.is_none()
+        {
+            return Err(ConfigError(
+                "tls.client_crl needs tls.client_ca, the authorities whose certificates it revokes"
+                    .into(),
+            ));
         }
         let (has_tls, has_client_ca) = match &self.tls {
             Some(tls) => (true, tls.client_ca.is_some()),

@@ -8,11 +8,16 @@
 //!   sslrootcert = "/etc/safekeeper/authority.crt"
 //!   sslcert = "/etc/safekeeper/safekeeper.crt"
 //!   sslkey = "/etc/safekeeper/safekeeper.key"
+//!   sslcrl = "/etc/safekeeper/authority.crl"
+//!   channel_binding = "require"                     else prefer
 //! ```
 
+use std::fmt::Display;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use safekeeper_wire::credentials::Credentials;
+use safekeeper_wire::login::BindingMode;
 use safekeeper_wire::passfile::default_passfile;
 use safekeeper_wire::tls::{ClientTls, SslMode};
 use serde::de::Error as _;
@@ -24,22 +29,27 @@ use serde::{Deserialize, Deserializer};
 pub struct CredentialsEntry {
     pub user: Option<String>,
     passfile: Option<PathBuf>,
-    #[serde(deserialize_with = "sslmode")]
+    #[serde(deserialize_with = "parsed")]
     sslmode: SslMode,
     sslrootcert: Option<PathBuf>,
     sslcert: Option<PathBuf>,
     sslkey: Option<PathBuf>,
+    sslcrl: Option<PathBuf>,
+    #[serde(deserialize_with = "parsed")]
+    channel_binding: BindingMode,
 }
 
 impl CredentialsEntry {
     /// All there are.
-    pub const KEYS: [&str; 6] = [
+    pub const KEYS: [&str; 8] = [
         "user",
         "passfile",
         "sslmode",
         "sslrootcert",
         "sslcert",
         "sslkey",
+        "sslcrl",
+        "channel_binding",
     ];
 
     /// `user` counts if the entry names none.
@@ -53,12 +63,18 @@ impl CredentialsEntry {
                 root_cert: entry.sslrootcert,
                 cert: entry.sslcert,
                 key: entry.sslkey,
+                crl: entry.sslcrl,
             },
+            binding: entry.channel_binding,
         }
     }
 }
 
-fn sslmode<'de, D: Deserializer<'de>>(value: D) -> Result<SslMode, D::Error> {
+fn parsed<'de, D, T>(value: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: Display>,
+{
     String::deserialize(value)?
         .parse()
         .map_err(D::Error::custom)

@@ -130,6 +130,7 @@ pub enum Turn {
 /// use std::time::Duration;
 /// use safekeeper_client::follower::{Follower, FollowerConfig};
 /// use safekeeper_wire::credentials::Credentials;
+/// use safekeeper_wire::login::BindingMode;
 /// use safekeeper_wire::passfile::default_passfile;
 /// use safekeeper_wire::tls::ClientTls;
 ///
@@ -139,6 +140,7 @@ pub enum Turn {
 ///         user: "pageserver".into(),
 ///         passfile: default_passfile(),
 ///         tls: ClientTls::default(),
+///         binding: BindingMode::default(),
 ///     },
 ///     application_name: "pageserver1".into(),
 ///     cluster: None,

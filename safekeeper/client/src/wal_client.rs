@@ -29,7 +29,7 @@ use safekeeper_protocol::{Lsn, Tli};
 use safekeeper_wal::SegmentSize;
 use safekeeper_wire::channel::Channel;
 use safekeeper_wire::credentials::Credentials;
-use safekeeper_wire::login::{Login, LoginError, LoginStep, Password};
+use safekeeper_wire::login::{Login, LoginError, LoginStep};
 use safekeeper_wire::passfile::PassfileError;
 use safekeeper_wire::pgwire::{ErrorReport, Filled, Input, Output, Wait, closed};
 use safekeeper_wire::standby_message::encode_status;
@@ -170,12 +170,13 @@ impl WalClient {
             TlsError::Io(error) => ClientError::Lost(error),
             error => ClientError::Tls(error),
         })?;
-        let password = config.credentials.password(host, port)?;
-        client.shake_hands(config, password)?;
+        let end_point = client.channel.peer_end_point();
+        let login = config.credentials.login(host, port, end_point)?;
+        client.shake_hands(config, login)?;
         Ok(client)
     }
 
-    fn shake_hands(&mut self, config: &WalClientConfig, password: Option<Password>) -> Asked<()> {
+    fn shake_hands(&mut self, config: &WalClientConfig, mut login: Login) -> Asked<()> {
         let options = config.cluster.as_deref().map(cluster_option);
         let mut parameters = vec![
             ("user", config.credentials.user.as_str()),
@@ -186,7 +187,6 @@ impl WalClient {
         let startup = encode_startup(&parameters);
         self.channel.send_all(&mut [IoSlice::new(&startup)])?;
         let deadline = self.deadline();
-        let mut login = Login::new(password, self.channel.peer_end_point());
         loop {
             let message = self.next_message(deadline)?;
             match message.tag {

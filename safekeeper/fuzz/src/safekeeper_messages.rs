@@ -10,7 +10,7 @@ use std::io::{self, Read, Write};
 
 use allocation_counter::{measure, opt_out};
 use safekeeper_protocol::codec::{MESSAGE_LEN_MAX, decode_acceptor_message};
-use safekeeper_wire::login::{Login, Password};
+use safekeeper_wire::login::{BindingMode, Login, Password};
 
 #[allow(dead_code)]
 #[path = "../../../extension/src/pgwire.rs"]
@@ -64,7 +64,11 @@ fn converse(stream: &[u8], piece: usize) -> Vec<String> {
             says: stream,
             piece,
         };
-        let login = Login::new(Some(Password::new("secret".to_owned())), None);
+        let login = Login::new(
+            Some(Password::new("secret".to_owned())),
+            None,
+            BindingMode::Prefer,
+        );
         if let Err(error) = start_wal_push(&mut peer, "me", login) {
             return note(error.to_string());
         }

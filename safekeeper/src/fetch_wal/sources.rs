@@ -147,6 +147,7 @@ fn os_user() -> String {
 
 #[cfg(test)]
 mod tests {
+    use safekeeper_wire::login::BindingMode;
     use safekeeper_wire::tls::{ClientTls, SslMode};
 
     use super::*;
@@ -190,7 +191,7 @@ mod tests {
             Sources::find(&request(&[]), Some(dir.path()))
         };
         let sources = find(
-            "safekeepers = [\"a:1\", \"[::1]:2\"]\ncluster_name = \"x y\"\nuser = \"u\"\npassfile = \"/p\"\nsslmode = \"verify-full\"\nsslrootcert = \"/r\"\nlater = 1\n",
+            "safekeepers = [\"a:1\", \"[::1]:2\"]\ncluster_name = \"x y\"\nuser = \"u\"\npassfile = \"/p\"\nsslmode = \"verify-full\"\nsslrootcert = \"/r\"\nchannel_binding = \"require\"\nlater = 1\n",
         );
         let expected = Sources {
             addresses: vec!["a:1".into(), "[::1]:2".into()],
@@ -203,6 +204,7 @@ mod tests {
                     root_cert: Some("/r".into()),
                     ..ClientTls::default()
                 },
+                binding: BindingMode::Require,
             },
         };
         assert_eq!(sources, Ok(expected));
@@ -211,6 +213,7 @@ mod tests {
             "safekeepers = 7",
             "user = \"x\"",
             "safekeepers = [\"a\"]\nsslmode = \"often\"",
+            "safekeepers = [\"a\"]\nchannel_binding = \"often\"",
             "\u{0}",
         ] {
             find(text).expect_err(text);

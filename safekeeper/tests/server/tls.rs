@@ -12,6 +12,7 @@ use safekeeper_client::wal_client::{ClientError, WalClient, WalClientConfig, Wal
 use safekeeper_protocol::Tli;
 use safekeeper_wire::certificates::{Authority, Issued, Subject};
 use safekeeper_wire::credentials::Credentials;
+use safekeeper_wire::login::BindingMode;
 use safekeeper_wire::scram::Verifier;
 use safekeeper_wire::startup::{encode_startup, ssl_request};
 use safekeeper_wire::tls::{ClientTls, SslMode};
@@ -56,6 +57,7 @@ impl Encrypted {
                 cert: server.cert,
                 key: server.key,
                 client_ca: Some(root.clone()),
+                client_crl: None,
             });
             config.access = Config::from_toml(RULES).expect("valid").access;
         });
@@ -92,6 +94,7 @@ impl Encrypted {
                 root_cert: Some(self.root.clone()),
                 ..ClientTls::default()
             },
+            binding: BindingMode::Require,
         }
     }
 
@@ -210,6 +213,7 @@ fn the_rules_tell_who_must_encrypt_and_who_must_show_a_certificate() {
     ] {
         let mut credentials = encrypted.credentials(user, "x");
         credentials.passfile = None;
+        credentials.binding = BindingMode::Prefer;
         credentials.tls.cert = Some(issued.cert);
         credentials.tls.key = Some(issued.key);
         match (encrypted.connect(credentials), wanted) {
@@ -221,6 +225,45 @@ fn the_rules_tell_who_must_encrypt_and_who_must_show_a_certificate() {
             (Err(error), None) => panic!("{user}: {error}"),
         }
     }
+}
+
+/// A certificate is good until a list that is read again says that it was revoked. Who demands that a proof be
+/// bound is not content with a server that wants none.
+#[test]
+fn certificates_are_revoked_when_told_so() {
+    let mut encrypted = Encrypted::start();
+    let subject = Subject {
+        common_name: "certified",
+        hosts: &[],
+        is_expired: false,
+    };
+    let issued = encrypted.certificate(&encrypted.authority, "good", subject);
+    let revoke = |revoked: &[&Issued]| {
+        let dir = encrypted.dir.path();
+        encrypted.authority.revoke(dir, "revoked", revoked, 2100)
+    };
+    let list = revoke(&[]);
+    let mut credentials = encrypted.credentials("certified", "x");
+    credentials.passfile = None;
+    credentials.tls.cert = Some(issued.cert.clone());
+    credentials.tls.key = Some(issued.key.clone());
+    let refused = encrypted.refusal(credentials.clone());
+    assert!(refused.contains("channel_binding=require"), "{refused}");
+    credentials.binding = BindingMode::Prefer;
+    let tls = encrypted.daemon.config.tls.as_mut().expect("encrypted");
+    tls.client_crl = Some(list);
+    let server = encrypted.daemon.server.as_ref().expect("running");
+    server.reload(&encrypted.daemon.config).expect("sound");
+    encrypted.connect(credentials.clone()).expect("let in");
+    revoke(&[&issued]);
+    encrypted
+        .connect(credentials.clone())
+        .expect("not read yet");
+    server.reload(&encrypted.daemon.config).expect("sound");
+    encrypted.refusal(credentials);
+    encrypted
+        .connect(encrypted.credentials("standby", "secret"))
+        .expect("it shows no certificate");
 }
 
 #[test]

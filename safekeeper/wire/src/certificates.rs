@@ -2,11 +2,15 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer,
+    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, date_time_ymd,
 };
+
+/// Of the next certificate.
+static NEXT_SERIAL: AtomicU64 = AtomicU64::new(1);
 
 /// One that signs.
 pub struct Authority {
@@ -28,6 +32,7 @@ pub struct Subject<'a> {
 pub struct Issued {
     pub cert: PathBuf,
     pub key: PathBuf,
+    serial: u64,
 }
 
 impl Authority {
@@ -57,17 +62,43 @@ impl Authority {
             params.not_before = date_time_ymd(2019, 1, 1);
             params.not_after = date_time_ymd(2020, 1, 1);
         }
+        let serial = NEXT_SERIAL.fetch_add(1, Ordering::Relaxed);
+        params.serial_number = Some(serial.into());
         let key = KeyPair::generate().expect("a key");
         let certificate = params.signed_by(&key, &self.issuer).expect("signed");
         let issued = Issued {
             cert: dir.join(format!("{name}.crt")),
             key: dir.join(format!("{name}.key")),
+            serial,
         };
         std::fs::write(&issued.cert, certificate.pem()).expect("written");
         std::fs::write(&issued.key, key.serialize_pem()).expect("written");
         let only_owner = std::fs::Permissions::from_mode(0o600);
         std::fs::set_permissions(&issued.key, only_owner).expect("our own file");
         issued
+    }
+
+    /// A list of what is not good any more, as `NAME.crl` in `dir`; the list itself is, up to this year.
+    pub fn revoke(&self, dir: &Path, name: &str, revoked: &[&Issued], up_to: i32) -> PathBuf {
+        let since = date_time_ymd(2019, 1, 1);
+        let revoked = revoked.iter().map(|issued| RevokedCertParams {
+            serial_number: issued.serial.into(),
+            revocation_time: since,
+            reason_code: None,
+            invalidity_date: None,
+        });
+        let list = CertificateRevocationListParams {
+            this_update: since,
+            next_update: date_time_ymd(up_to, 1, 1),
+            crl_number: 1u64.into(),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&self.issuer).expect("signed");
+        let path = dir.join(format!("{name}.crl"));
+        std::fs::write(&path, list.pem().expect("encoded")).expect("written");
+        path
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::login::Password;
+use crate::login::{BindingMode, Login, Password};
 use crate::passfile::{PassfileError, find_password};
 use crate::tls::ClientTls;
 
@@ -13,6 +13,7 @@ pub struct Credentials {
     /// Where its password is, if one is asked for; read anew for each connection. `None`: nowhere.
     pub passfile: Option<PathBuf>,
     pub tls: ClientTls,
+    pub binding: BindingMode,
 }
 
 impl Credentials {
@@ -22,11 +23,24 @@ impl Credentials {
             user: user.to_owned(),
             passfile: None,
             tls: ClientTls::disabled(),
+            binding: BindingMode::default(),
         }
     }
 
+    /// What to answer this server when it asks who we are; `end_point` is the hash of its certificate (tls.rs),
+    /// `None` without one.
+    pub fn login(
+        &self,
+        host: &str,
+        port: u16,
+        end_point: Option<Vec<u8>>,
+    ) -> Result<Login, PassfileError> {
+        let password = self.password(host, port)?;
+        Ok(Login::new(password, end_point, self.binding))
+    }
+
     /// The one for this server, if there is any.
-    pub fn password(&self, host: &str, port: u16) -> Result<Option<Password>, PassfileError> {
+    fn password(&self, host: &str, port: u16) -> Result<Option<Password>, PassfileError> {
         match &self.passfile {
             Some(passfile) => find_password(passfile, host, port, &self.user),
             None => Ok(None),

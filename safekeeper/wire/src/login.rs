@@ -11,6 +11,7 @@
 
 use std::fmt;
 use std::io;
+use std::str::FromStr;
 
 use crate::scram::{ClientBinding, ClientExchange, MECHANISM, MECHANISM_PLUS};
 
@@ -30,6 +31,47 @@ impl fmt::Debug for Password {
     }
 }
 
+/// Whether a proof is bound to the server's certificate, libpq's `channel_binding`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BindingMode {
+    Disable,
+    /// If the server offers it.
+    #[default]
+    Prefer,
+    /// Or nobody is believed: not without TLS, nor a server that asks for no password.
+    Require,
+}
+
+impl BindingMode {
+    const ALL: [(BindingMode, &str); 3] = [
+        (BindingMode::Disable, "disable"),
+        (BindingMode::Prefer, "prefer"),
+        (BindingMode::Require, "require"),
+    ];
+}
+
+impl fmt::Display for BindingMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let known = BindingMode::ALL.iter().find(|(mode, _)| mode == self);
+        f.write_str(known.map_or("", |(_, name)| name))
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("invalid channel_binding \"{0}\": expected disable, prefer or require")]
+pub struct BindingModeError(String);
+
+impl FromStr for BindingMode {
+    type Err = BindingModeError;
+
+    fn from_str(text: &str) -> Result<BindingMode, BindingModeError> {
+        let known = BindingMode::ALL.iter().find(|(_, name)| *name == text);
+        known
+            .map(|(mode, _)| *mode)
+            .ok_or_else(|| BindingModeError(text.to_owned()))
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum LoginError {
     #[error("a password is asked for, and none is known")]
@@ -44,6 +86,15 @@ pub enum LoginError {
     NotProved(io::Error),
     #[error("the server let us in without proving that it knows the password")]
     Skipped,
+    #[error(
+        "channel_binding=require, and there is nothing to bind to: the connection is not encrypted, or the \
+         server's certificate is signed in a way for which binding is not defined"
+    )]
+    NothingToBindTo,
+    #[error("channel_binding=require, and the server does not offer {MECHANISM_PLUS}")]
+    BindingNotOffered,
+    #[error("channel_binding=require, and the server let us in without asking for a password")]
+    NotBound,
 }
 
 /// An exchange that may be under way.
@@ -51,7 +102,10 @@ pub enum LoginError {
 pub struct Login {
     password: Option<Password>,
     end_point: Option<Vec<u8>>,
+    binding: BindingMode,
     exchange: Option<ClientExchange>,
+    /// The server has proved that it knows the password.
+    is_proved: bool,
 }
 
 /// What comes next.
@@ -66,11 +120,17 @@ pub enum LoginStep {
 
 impl Login {
     /// `end_point` is the hash of the server's certificate (tls.rs), `None` without one.
-    pub fn new(password: Option<Password>, end_point: Option<Vec<u8>>) -> Login {
+    pub fn new(
+        password: Option<Password>,
+        end_point: Option<Vec<u8>>,
+        binding: BindingMode,
+    ) -> Login {
         Login {
             password,
             end_point,
+            binding,
             exchange: None,
+            is_proved: false,
         }
     }
 
@@ -79,6 +139,10 @@ impl Login {
         let (code, data) = body.split_first_chunk::<4>().ok_or(LoginError::Malformed)?;
         match u32::from_be_bytes(*code) {
             0 if self.exchange.is_some() => Err(LoginError::Skipped),
+            // What was proved was bound: else `begin` has refused.
+            0 if self.binding == BindingMode::Require && !self.is_proved => {
+                Err(LoginError::NotBound)
+            }
             0 => Ok(LoginStep::LetIn),
             3 => Err(LoginError::Method("cleartext password")),
             5 => Err(LoginError::Method("MD5")),
@@ -96,6 +160,7 @@ impl Login {
                 exchange
                     .on_server_final(data)
                     .map_err(LoginError::NotProved)?;
+                self.is_proved = true;
                 Ok(LoginStep::Nothing)
             }
             code => Err(LoginError::Unknown(code)),
@@ -108,7 +173,14 @@ impl Login {
             offered.any(|name| name == wanted.as_bytes())
         };
         let (mechanism, binding) = match self.end_point.take() {
+            _ if self.binding == BindingMode::Disable => (MECHANISM, ClientBinding::Impossible),
+            None if self.binding == BindingMode::Require => {
+                return Err(LoginError::NothingToBindTo);
+            }
             Some(hash) if offers(MECHANISM_PLUS) => (MECHANISM_PLUS, ClientBinding::EndPoint(hash)),
+            Some(_) if self.binding == BindingMode::Require => {
+                return Err(LoginError::BindingNotOffered);
+            }
             Some(_) => (MECHANISM, ClientBinding::NotOffered),
             None => (MECHANISM, ClientBinding::Impossible),
         };
@@ -147,7 +219,7 @@ mod tests {
 
     fn login(password: Option<&str>) -> Login {
         let password = password.map(|password| Password::new(password.to_owned()));
-        Login::new(password, None)
+        Login::new(password, None, BindingMode::Prefer)
     }
 
     const OFFER: &[u8] = b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0\0";
@@ -169,6 +241,73 @@ mod tests {
         assert_eq!(step.expect("proved"), LoginStep::Nothing);
         let step = login.on_request(&request(0, b""));
         assert_eq!(step.expect("let in"), LoginStep::LetIn);
+    }
+
+    /// What a client and a server with this certificate make of one another, by what the client demands.
+    #[test]
+    fn proofs_are_bound_as_demanded() {
+        use BindingMode::{Disable, Prefer, Require};
+        const PLAIN: &[u8] = b"SCRAM-SHA-256\0\0";
+        let (ours, others) = (Some(&b"ours"[..]), Some(&b"others"[..]));
+        for (mode, seen, own, offer, wanted) in [
+            (Prefer, ours, ours, OFFER, Ok(MECHANISM_PLUS)),
+            (Prefer, None, None, PLAIN, Ok(MECHANISM)),
+            // A certificate for which binding is not defined is no reason to stay away; another one is.
+            (Prefer, ours, None, PLAIN, Ok(MECHANISM)),
+            (Prefer, ours, ours, PLAIN, Err("thinks the server does not")),
+            (
+                Prefer,
+                others,
+                ours,
+                OFFER,
+                Err("channel binding is not that"),
+            ),
+            (Disable, ours, ours, OFFER, Ok(MECHANISM)),
+            (Disable, others, ours, OFFER, Ok(MECHANISM)),
+            (Require, ours, ours, OFFER, Ok(MECHANISM_PLUS)),
+            (
+                Require,
+                others,
+                ours,
+                OFFER,
+                Err("channel binding is not that"),
+            ),
+            (Require, ours, None, PLAIN, Err("does not offer")),
+            (Require, None, ours, OFFER, Err("nothing to bind to")),
+        ] {
+            let password = Some(Password::new("secret".to_owned()));
+            let mut login = Login::new(password, seen.map(<[u8]>::to_vec), mode);
+            let found = (|| {
+                let first = match login.on_request(&request(10, offer)) {
+                    Ok(LoginStep::Answer(first)) => first,
+                    other => return Err(other.expect_err("an answer or an error").to_string()),
+                };
+                let (mechanism, first) =
+                    first.split_at(first.iter().position(|byte| *byte == 0).expect("a name"));
+                let verifier = Verifier::of_password("secret");
+                let server = ServerExchange::begin(verifier, true, mechanism, own, &first[5..])
+                    .map_err(|report| report.detail.unwrap_or_default())?;
+                let proof =
+                    answer(login.on_request(&request(11, server.server_first().as_bytes())));
+                let last = server
+                    .finish(&proof)
+                    .map_err(|report| report.detail.unwrap_or_default())?
+                    .expect("the right password");
+                let step = login.on_request(&request(12, last.as_bytes()));
+                assert_eq!(step.expect("proved"), LoginStep::Nothing);
+                let step = login.on_request(&request(0, b""));
+                assert_eq!(step.expect("let in"), LoginStep::LetIn);
+                Ok(String::from_utf8(mechanism.to_vec()).expect("text"))
+            })();
+            match (found, wanted) {
+                (Ok(found), Ok(wanted)) => assert_eq!(found, wanted, "{mode} {seen:?} {own:?}"),
+                (Err(found), Err(wanted)) => assert!(found.contains(wanted), "{mode}: {found}"),
+                (found, wanted) => panic!("{mode} {seen:?} {own:?}: {found:?}, not {wanted:?}"),
+            }
+        }
+        let mut trusted = Login::new(None, ours.map(<[u8]>::to_vec), Require);
+        let let_in = trusted.on_request(&request(0, b""));
+        assert!(matches!(let_in, Err(LoginError::NotBound)), "{let_in:?}");
     }
 
     #[test]

@@ -12,6 +12,9 @@
 //! Files are PEM. They are read when they are used: a client's for each connection, a server's at its start
 //! and when it is told to. A private key that others can read is refused. TLS is 1.2 or 1.3. The name of a
 //! host must be among a certificate's alternative names, where libpq still takes the common name.
+//!
+//! Where there is a file of revocations, it must have a list of every authority between a certificate and its
+//! root, none of them out of date; as with OpenSSL, by which libpq and Postgres do it. (`fe-secure-openssl.c`)
 
 use std::fmt;
 use std::io;
@@ -24,7 +27,9 @@ use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::{Error as PemError, PemObject};
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName, UnixTime,
+};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, ServerConfig,
@@ -62,6 +67,8 @@ pub enum TlsError {
     Permissions { path: PathBuf, mode: u32 },
     #[error("sslmode={0} needs sslrootcert, the file of the authorities that are trusted")]
     NoRoots(SslMode),
+    #[error("sslcrl needs sslrootcert, the file of the authorities that are trusted")]
+    RevokedByNobody,
     #[error("sslcert and sslkey are given together or not at all")]
     HalfAPair,
     #[error("the server does not support TLS, and sslmode demands it")]
@@ -128,6 +135,8 @@ pub struct ClientTls {
     pub mode: SslMode,
     /// Authorities that are trusted.
     pub root_cert: Option<PathBuf>,
+    /// What these have revoked.
+    pub crl: Option<PathBuf>,
     /// Shown to a server that asks for it.
     pub cert: Option<PathBuf>,
     pub key: Option<PathBuf>,
@@ -160,10 +169,13 @@ impl ClientTls {
             None if matches!(self.mode, SslMode::VerifyCa | SslMode::VerifyFull) => {
                 return Err(TlsError::NoRoots(self.mode));
             }
+            None if self.crl.is_some() => return Err(TlsError::RevokedByNobody),
             None => Arc::new(AnyServer(provider.clone())),
             Some(path) => {
                 let roots = Arc::new(authorities(path)?);
-                let builder = WebPkiServerVerifier::builder_with_provider(roots, provider.clone());
+                let builder = WebPkiServerVerifier::builder_with_provider(roots, provider.clone())
+                    .with_crls(revocations(self.crl.as_deref())?)
+                    .enforce_revocation_expiration();
                 let by_name = builder.build().map_err(|error| invalid(path, error))?;
                 match self.mode {
                     SslMode::VerifyFull => by_name,
@@ -195,6 +207,8 @@ pub struct ServerTlsFiles {
     pub key: PathBuf,
     /// Authorities of clients' certificates; `None`: no client is asked for one.
     pub client_ca: Option<PathBuf>,
+    /// What these have revoked.
+    pub client_crl: Option<PathBuf>,
 }
 
 /// What a server encrypts with.
@@ -217,6 +231,8 @@ impl ServerTls {
                 let roots = Arc::new(authorities(path)?);
                 // Who needs one is a matter of the rules; one that is shown must be good.
                 let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider)
+                    .with_crls(revocations(files.client_crl.as_deref())?)
+                    .enforce_revocation_expiration()
                     .allow_unauthenticated()
                     .build()
                     .map_err(|error| invalid(path, error))?;
@@ -277,6 +293,23 @@ fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
             .map_err(|error| invalid(path, error))?;
     }
     Ok(roots)
+}
+
+fn revocations(
+    path: Option<&Path>,
+) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
+    let Some(path) = path else {
+        return Ok(Vec::new());
+    };
+    let failed = |error| unreadable("revocation list", path, error);
+    let lists: Result<Vec<_>, _> = CertificateRevocationListDer::pem_file_iter(path)
+        .map_err(failed)?
+        .collect();
+    let lists = lists.map_err(failed)?;
+    match lists.is_empty() {
+        true => Err(invalid(path, "no revocation list in PEM form")),
+        false => Ok(lists),
+    }
 }
 
 /// Permissions as libpq and Postgres demand them (`libpq/be-secure-common.c`).

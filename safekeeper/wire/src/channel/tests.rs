@@ -19,10 +19,15 @@ fn soon() -> Instant {
 }
 
 fn server(issued: &Issued, client_ca: Option<&Path>) -> ServerTls {
+    server_with_crl(issued, client_ca, None)
+}
+
+fn server_with_crl(issued: &Issued, client_ca: Option<&Path>, crl: Option<&Path>) -> ServerTls {
     ServerTls::load(&ServerTlsFiles {
         cert: issued.cert.clone(),
         key: issued.key.clone(),
         client_ca: client_ca.map(Path::to_owned),
+        client_crl: crl.map(Path::to_owned),
     })
     .expect("good files")
 }
@@ -204,6 +209,74 @@ fn clients_show_certificates() {
     }
 }
 
+/// Either end refuses what was revoked, and everything where it can't know: by a list that is out of date, or
+/// another authority's.
+#[test]
+fn certificates_that_were_revoked_are_refused() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let ours = Authority::new("ours");
+    let root = ours.store(dir.path(), "root");
+    let own = ours.issue(dir.path(), "server", GOOD);
+    let subject = Subject {
+        common_name: "walproposer",
+        hosts: &[],
+        is_expired: false,
+    };
+    let client_own = ours.issue(dir.path(), "client", subject);
+    let other = ours.issue(dir.path(), "other", subject);
+    let list = |name, revoked: &[&Issued], up_to| ours.revoke(dir.path(), name, revoked, up_to);
+    let others = Authority::new("others").revoke(dir.path(), "others", &[], 2100);
+    for (crl, wanted) in [
+        (list("nobody", &[], 2100), ""),
+        (list("another", &[&other], 2100), ""),
+        (list("both", &[&own, &client_own], 2100), "Revoked"),
+        (list("old", &[], 2020), "revocation list expired"),
+        (others, "UnknownRevocationStatus"),
+    ] {
+        let plain = server(&own, None);
+        let mut tls = ClientTls {
+            crl: Some(crl.clone()),
+            ..client(SslMode::VerifyFull, Some(&root))
+        };
+        for mode in [SslMode::Prefer, SslMode::VerifyCa, SslMode::VerifyFull] {
+            tls.mode = mode;
+            let found = shake_hands(&tls, "localhost", Some(&plain)).0.err();
+            let found = found.map(|error| error.to_string()).unwrap_or_default();
+            assert!(found.contains(wanted), "{mode} {crl:?}: {found}");
+            assert_eq!(
+                found.is_empty(),
+                wanted.is_empty(),
+                "{mode} {crl:?}: {found}"
+            );
+        }
+        let asking = server_with_crl(&own, Some(&root), Some(&crl));
+        let tls = ClientTls {
+            cert: Some(client_own.cert.clone()),
+            key: Some(client_own.key.clone()),
+            ..client(SslMode::VerifyFull, Some(&root))
+        };
+        let found = shake_hands(&tls, "localhost", Some(&asking)).1.err();
+        let found = found.map(|error| error.to_string()).unwrap_or_default();
+        assert!(found.contains(wanted), "{crl:?}: {found}");
+        assert_eq!(found.is_empty(), wanted.is_empty(), "{crl:?}: {found}");
+    }
+    let none = ClientTls {
+        crl: Some(root.clone()),
+        ..client(SslMode::VerifyFull, Some(&root))
+    };
+    let refused = none.load().expect_err("certificates").to_string();
+    assert!(refused.contains("no revocation list"), "{refused}");
+    let without_roots = ClientTls {
+        root_cert: None,
+        mode: SslMode::Require,
+        ..none
+    };
+    assert!(matches!(
+        without_roots.load(),
+        Err(TlsError::RevokedByNobody)
+    ));
+}
+
 /// Files that are none, keys that others can read, halves of pairs.
 #[test]
 fn files_that_cannot_be_used_are_named() {
@@ -216,6 +289,7 @@ fn files_that_cannot_be_used_are_named() {
             cert: cert.to_owned(),
             key: key.to_owned(),
             client_ca: None,
+            client_crl: None,
         };
         ServerTls::load(&files).err().map(|error| error.to_string())
     };
