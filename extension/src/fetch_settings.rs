@@ -153,6 +153,7 @@ mod tests {
                 "cluster_name = \"a \\\"b\\\" \\\\ \\u000A ü\"",
                 "user = \"me\"",
                 "sslmode = \"verify-ca\"",
+                "channel_binding = \"prefer\"",
                 "passfile = \"/p\"",
                 "sslrootcert = \"/r\"",
             ]
