@@ -213,9 +213,11 @@ impl Attached<'_> {
     }
 
     pub fn awake(&self) {
-        self.consumer.asleep.store(false, Ordering::SeqCst);
-        // Whatever has been written is consumed in one read; usually nothing has.
-        let _ = rustix::io::read(&self.consumer.wake, &mut [0; 8]);
+        // If nobody has woken us, nothing has been written, nor will be.
+        if !self.consumer.asleep.swap(false, Ordering::SeqCst) {
+            // Whatever has been written is consumed in one read. What comes only now wakes us once more.
+            let _ = rustix::io::read(&self.consumer.wake, &mut [0; 8]);
+        }
     }
 
     /// Readable once there is news.

@@ -25,6 +25,7 @@ use std::fs::{DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{CWD, FallocateFlags, RenameFlags};
 
@@ -86,6 +87,11 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn open_read_only(&self, path: &Path) -> Result<Box<dyn DiskFile>>;
     /// The file that has this name now, if any has.
     fn file_id(&self, path: &Path) -> Result<Option<FileId>>;
+    /// Files that have lost a name so far, or are about to; `None` if nobody counts. While it stays the same,
+    /// every open file has the name that it had.
+    fn names_lost(&self) -> Option<u64> {
+        None
+    }
     /// Gives a file another name of the same directory, in place of the file that had it.
     fn rename(&self, from: &Path, to: &Path) -> Result<()>;
     /// Swaps the names of two files at once. Needs no space. Not every file system can.
@@ -129,6 +135,7 @@ pub trait DiskFile: Send + fmt::Debug {
 #[derive(Debug)]
 pub struct RealDisk {
     root: PathBuf,
+    names_lost: AtomicU64,
 }
 
 impl RealDisk {
@@ -136,6 +143,7 @@ impl RealDisk {
     pub fn new(root: &Path) -> RealDisk {
         RealDisk {
             root: root.to_owned(),
+            names_lost: AtomicU64::new(0),
         }
     }
 
@@ -205,13 +213,19 @@ impl Disk for RealDisk {
         }
     }
 
+    fn names_lost(&self) -> Option<u64> {
+        Some(self.names_lost.load(Ordering::SeqCst))
+    }
+
     fn rename(&self, from: &Path, to: &Path) -> Result<()> {
         let (from, to) = (self.root.join(from), self.root.join(to));
+        self.names_lost.fetch_add(1, Ordering::SeqCst);
         std::fs::rename(&from, &to).map_err(failed("rename", &from))
     }
 
     fn exchange(&self, one: &Path, other: &Path) -> Result<()> {
         let (one, other) = (self.root.join(one), self.root.join(other));
+        self.names_lost.fetch_add(1, Ordering::SeqCst);
         let exchanged = rustix::fs::renameat_with(CWD, &one, CWD, &other, RenameFlags::EXCHANGE);
         exchanged.map_err(|errno| {
             use rustix::io::Errno;
@@ -228,6 +242,7 @@ impl Disk for RealDisk {
 
     fn remove(&self, path: &Path) -> Result<()> {
         let path = self.root.join(path);
+        self.names_lost.fetch_add(1, Ordering::SeqCst);
         std::fs::remove_file(&path).map_err(failed("remove", &path))
     }
 

@@ -9,8 +9,9 @@
 //! ```
 //!
 //! A segment has its full size and its full set of disk blocks from the moment it has its name:
-//! it is filled with zeros under a temporary name, synced, renamed, and the directory synced. So
-//! whoever finds the name finds the whole file, writing into it allocates nothing, and a sync of
+//! under a temporary name it is filled with zeros, or, while WAL comes in bulk and where the file system can
+//! do that, only given its blocks, which read as zeros; then it is synced, renamed, and the directory synced.
+//! So whoever finds the name finds the whole file, writing into it allocates nothing, and a sync of
 //! its data is enough. What the log has not reached is zero.
 //!
 //! Which file? A segment in which a timeline ended exists once for each of the two, with the same
@@ -352,6 +353,8 @@ struct OpenSegment {
     id: SegmentId,
     file: Box<dyn DiskFile>,
     file_id: FileId,
+    /// It had its name when the disk counted so many lost ones.
+    names_lost: Option<u64>,
 }
 
 impl SegmentReader {
@@ -380,12 +383,21 @@ impl SegmentReader {
 
     /// The file last read from has still the name it was opened by. If so, it had not been taken
     /// for another use when it was read: files lose their name before they lose their contents.
-    pub fn still_there(&self) -> Result<bool, StorageError> {
-        let Some(open) = &self.open else {
+    pub fn still_there(&mut self) -> Result<bool, StorageError> {
+        let Some(open) = &mut self.open else {
             return Ok(true);
         };
-        let named = self.segments.disk().file_id(&self.segments.path(open.id))?;
-        Ok(named == Some(open.file_id))
+        let disk = self.segments.disk();
+        // Mostly no file of the disk has lost its name, and then there is no need to ask for this one's.
+        let names_lost = disk.names_lost();
+        if names_lost.is_some() && names_lost == open.names_lost {
+            return Ok(true);
+        }
+        let has_name = disk.file_id(&self.segments.path(open.id))? == Some(open.file_id);
+        if has_name {
+            open.names_lost = names_lost;
+        }
+        Ok(has_name)
     }
 
     /// The segment of the newest timeline that can hold bytes of segment `segno`, if there is one.
@@ -419,11 +431,16 @@ impl SegmentReader {
     }
 
     fn open_segment(&self, segno: SegNo) -> Result<Option<OpenSegment>, StorageError> {
+        let names_lost = self.segments.disk.names_lost();
         for id in self.candidates(segno) {
             match self.segments.disk.open_read_only(&self.segments.path(id)) {
                 Ok(file) => {
-                    let file_id = file.file_id()?;
-                    return Ok(Some(OpenSegment { id, file, file_id }));
+                    return Ok(Some(OpenSegment {
+                        id,
+                        file_id: file.file_id()?,
+                        file,
+                        names_lost,
+                    }));
                 }
                 Err(error) if error.is_not_found() => {}
                 Err(error) => return Err(error),
@@ -589,8 +606,13 @@ mod tests {
         assert_eq!(reader.read(Lsn(3 * MB - 2), &mut buffer).unwrap(), 2);
         assert_eq!(buffer, [2, 2, 1, 1]);
         assert!(reader.still_there().unwrap());
-        std::fs::rename(path(new), temp.path().join("spare")).unwrap();
+        // Another file loses its name, and then this one.
+        segments.disk().remove(&segments.path(old)).unwrap();
+        assert!(reader.still_there().unwrap());
+        let spare = segments.dir().join("spare");
+        segments.disk().rename(&segments.path(new), &spare).unwrap();
         assert!(!reader.still_there().unwrap());
+        assert!(!reader.still_there().unwrap(), "and it stays so");
         assert_eq!(reader.read(Lsn(3 * MB), &mut buffer).unwrap(), 0);
         assert_eq!(
             reader.expected_name(Lsn(3 * MB)),
