@@ -4,7 +4,7 @@
 //!                     ┌───────────── Proposer (safekeeper-protocol) ─────────────┐
 //!   messages ────────►│ on_message, on_tick            actions, next_append      │
 //!                     └───────────────────────────────────┬──────────────────────┘
-//!   Peer (socket) ◄── header + WAL ◄── LocalWal (here)    │ Commit ──► WalSenderSlot, shared memory
+//!   Peer (socket) ◄── header + WAL ◄── WalReader (here)   │ Commit ──► WalSenderSlot, shared memory
 //!                                  ◄── Feed (a donor)     │ PersistHistory ──► local history file
 //! ```
 //!
