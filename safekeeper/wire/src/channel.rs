@@ -125,8 +125,9 @@ impl Channel {
     ) -> Result<(), TlsError> {
         while session.is_handshaking() {
             flush(&mut session, &self.socket).map_err(timed_out)?;
+            // A peer that has said that nothing more comes.
             if !session.wants_read() {
-                continue;
+                return Err(TlsError::Io(ErrorKind::UnexpectedEof.into()));
             }
             let read = if arrived.is_empty() {
                 self.wait_until(deadline)?;
