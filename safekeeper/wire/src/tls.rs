@@ -273,16 +273,19 @@ fn unreadable(what: &'static str, path: &Path, error: PemError) -> TlsError {
     }
 }
 
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let failed = |error| unreadable("certificate", path, error);
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_file_iter(path)
-        .map_err(failed)?
-        .collect();
-    let certificates = certificates.map_err(failed)?;
-    match certificates.is_empty() {
-        true => Err(invalid(path, "no certificate in PEM form")),
-        false => Ok(certificates),
+/// All of one kind that a file has; at least one.
+fn pem_items<T: PemObject>(what: &'static str, path: &Path) -> Result<Vec<T>, TlsError> {
+    let failed = |error| unreadable(what, path, error);
+    let items: Result<Vec<_>, _> = T::pem_file_iter(path).map_err(failed)?.collect();
+    let items = items.map_err(failed)?;
+    match items.is_empty() {
+        true => Err(invalid(path, format!("no {what} in PEM form"))),
+        false => Ok(items),
     }
+}
+
+fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    pem_items("certificate", path)
 }
 
 fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
@@ -295,21 +298,11 @@ fn authorities(path: &Path) -> Result<RootCertStore, TlsError> {
     Ok(roots)
 }
 
+/// Nothing is revoked where there is no file.
 fn revocations(
     path: Option<&Path>,
 ) -> Result<Vec<CertificateRevocationListDer<'static>>, TlsError> {
-    let Some(path) = path else {
-        return Ok(Vec::new());
-    };
-    let failed = |error| unreadable("revocation list", path, error);
-    let lists: Result<Vec<_>, _> = CertificateRevocationListDer::pem_file_iter(path)
-        .map_err(failed)?
-        .collect();
-    let lists = lists.map_err(failed)?;
-    match lists.is_empty() {
-        true => Err(invalid(path, "no revocation list in PEM form")),
-        false => Ok(lists),
-    }
+    path.map_or(Ok(Vec::new()), |path| pem_items("revocation list", path))
 }
 
 /// Permissions as libpq and Postgres demand them (`libpq/be-secure-common.c`).
