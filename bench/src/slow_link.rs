@@ -12,7 +12,7 @@
 //! the way of a byte from one process to another, is measured, too ([`round_trip_to_two_of_three`]).
 
 use std::collections::VecDeque;
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -91,15 +91,12 @@ pub fn calibrate(round_trip: Duration) -> Duration {
 /// what a quorum's round trip is here before anybody does anything with what arrives.
 pub fn round_trip_to_two_of_three(one_way: Option<Duration>) -> Duration {
     let echoes: Vec<_> = (0..3).map(|_| start_echo()).collect();
-    let links: Vec<_> = match one_way {
-        Some(_) => echoes.iter().map(|echo| SlowLink::to(*echo)).collect(),
-        None => Vec::new(),
+    let Some(one_way) = one_way else {
+        return round_trip_of(&echoes, 2);
     };
-    set_all(&links, one_way.unwrap_or_default());
-    let addresses = match one_way {
-        Some(_) => links.iter().map(SlowLink::address).collect(),
-        None => echoes,
-    };
+    let links: Vec<_> = echoes.into_iter().map(SlowLink::to).collect();
+    set_all(&links, one_way);
+    let addresses: Vec<_> = links.iter().map(SlowLink::address).collect();
     round_trip_of(&addresses, 2)
 }
 
@@ -132,6 +129,7 @@ fn round_trip_of(echoes: &[SocketAddr], quorum: usize) -> Duration {
     let streams = echoes.iter().map(|echo| {
         let stream = TcpStream::connect(echo).expect("the echo listens");
         stream.set_nodelay(true).expect("a TCP socket");
+        stream.set_nonblocking(true).expect("a TCP socket");
         stream
     });
     let mut streams: Vec<TcpStream> = streams.collect();
@@ -169,15 +167,15 @@ fn wait_for_any(streams: &[&TcpStream]) {
     assert!(ready > 0, "poll: {}", std::io::Error::last_os_error());
 }
 
-/// If so, its byte is taken.
-fn has_answered(stream: &TcpStream) -> bool {
-    let mut byte = 0u8;
-    // SAFETY: a buffer of one byte.
-    let taken = unsafe {
-        let buffer = (&raw mut byte).cast();
-        libc::recv(stream.as_raw_fd(), buffer, 1, libc::MSG_DONTWAIT)
-    };
-    taken == 1
+/// If so, its byte is taken. The stream does not block.
+fn has_answered(mut stream: &TcpStream) -> bool {
+    match stream.read_exact(&mut [0]) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => false,
+        answered => {
+            answered.expect("the echo answers");
+            true
+        }
+    }
 }
 
 fn start_connection(
