@@ -56,7 +56,10 @@ pub enum ControlFileError {
 
 /// The control file of one cluster. Whoever holds this is the only one who writes it.
 #[derive(Debug)]
-pub struct ControlFile(ReservedFile);
+pub struct ControlFile {
+    file: ReservedFile,
+    persisted: AcceptorState,
+}
 
 impl ControlFile {
     /// Makes the directory of a cluster that is new here, with its first state. If it fails for
@@ -69,7 +72,8 @@ impl ControlFile {
         // Once `control` is there, the cluster is.
         file.create(&encode(state))?;
         disk.sync_dir(Path::new(""))?;
-        Ok(ControlFile(file))
+        let persisted = state.clone();
+        Ok(ControlFile { file, persisted })
     }
 
     /// Opens the control file of a cluster and reads its state.
@@ -88,13 +92,21 @@ impl ControlFile {
             }
             Err(error) => return Err(error.into()),
         }
-        Ok((ControlFile(file), state))
+        let persisted = state.clone();
+        Ok((ControlFile { file, persisted }, state))
+    }
+
+    /// What it holds. The file need not be read for that, and may have been damaged since.
+    pub fn persisted(&self) -> &AcceptorState {
+        &self.persisted
     }
 
     /// Replaces the state. When this returns, the new one is on stable storage. After an error it
     /// may be there or not: the process must end.
     pub fn persist(&mut self, state: &AcceptorState) -> Result<(), StorageError> {
-        self.0.replace(&encode(state))
+        self.file.replace(&encode(state))?;
+        self.persisted = state.clone();
+        Ok(())
     }
 }
 

@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use fault_disk::FaultDisk;
 use log::{LogDir, SEGMENT, START, history, wal_from};
 use power::PowerDisk;
-use safekeeper::control_file::{ControlFile, read_state};
+use safekeeper::control_file::{ControlFile, cluster_dir, read_state};
 use safekeeper::disk::Disk;
 use safekeeper::dump::dump;
 use safekeeper::identity::Identity;
@@ -671,14 +671,24 @@ fn an_election_for_whose_history_file_there_is_no_room_can_be_repeated() {
         let address = ([127, 0, 0, 1], 1).into();
         turn.handle(session, address, &elected, 0, &mut Vec::new())
     };
+    let control = dir
+        .temp
+        .path()
+        .join(cluster_dir(log::SYSTEM_ID))
+        .join("control");
     faults.set_full(true);
     for _ in 0..2 {
         let refused = elect();
         assert!(matches!(refused, Err(PushError::NoSpace(_))), "{refused:?}");
         assert_eq!(keeper.view().state.history, dir.state.history);
+        // What it has promised it knows by itself, should the file be damaged meanwhile.
+        std::fs::write(&control, &[0xFF; 1000]).unwrap();
     }
+    assert!(read_state(dir.disk.as_ref(), log::SYSTEM_ID).is_err());
     faults.set_full(false);
     elect().unwrap();
+    let persisted = read_state(dir.disk.as_ref(), log::SYSTEM_ID).unwrap();
+    assert_eq!(persisted.history, keeper.view().state.history);
     assert_eq!(
         keeper.view().state.history,
         history(&[(1, START), (2, end)])

@@ -24,7 +24,6 @@ use safekeeper_protocol::{
 use safekeeper_wire::pgwire::ErrorReport;
 
 use super::{Held, Keeper, PushError, lock, stop_on};
-use crate::control_file::{ControlFileError, read_state};
 use crate::view::View;
 use crate::wal_storage::{TruncateError, WriteError};
 
@@ -224,16 +223,10 @@ impl<'a> Turn<'a> {
         })
     }
 
-    /// What a restart would do: the acceptor as the disk knows it. All it has promised is there.
+    /// What a restart would do: the acceptor as it was persisted. All it has promised is there.
     fn begin_again(&mut self) {
         let keeper = self.keeper;
-        let control = lock(&keeper.control);
-        let mut state = match read_state(keeper.disk.as_ref(), keeper.cluster.system_id) {
-            Ok(state) => state,
-            Err(ControlFileError::Storage(error)) => stop_on(&error),
-            Err(error) => panic!("the control file was whole when it was written: {error}"),
-        };
-        drop(control);
+        let mut state = lock(&keeper.control).persisted().clone();
         // The running process never takes this back.
         state.commit_lsn = state.commit_lsn.max(keeper.commit_lsn());
         // The first part of a record may be written. Nobody counts on it, and a new acceptor does
