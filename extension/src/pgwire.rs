@@ -368,6 +368,7 @@ fn write_some(mut write: impl FnMut() -> io::Result<usize>) -> io::Result<usize>
 mod tests {
     use super::*;
     use safekeeper_wire::login::BindingMode;
+    use safekeeper_wire::tls::EndPoint;
 
     /// A peer that says what it was told beforehand, in pieces, and keeps what it hears.
     struct Scripted {
@@ -398,7 +399,7 @@ mod tests {
 
     /// Who has no password.
     fn stranger() -> Login {
-        Login::new(None, None, BindingMode::Prefer)
+        Login::new(None, EndPoint::Clear, BindingMode::Prefer)
     }
 
     fn peer(messages: &[(u8, &[u8])]) -> Scripted {

@@ -11,6 +11,7 @@ use std::io::{self, Read, Write};
 use allocation_counter::{measure, opt_out};
 use safekeeper_protocol::codec::{MESSAGE_LEN_MAX, decode_acceptor_message};
 use safekeeper_wire::login::{BindingMode, Login, Password};
+use safekeeper_wire::tls::EndPoint;
 
 #[allow(dead_code)]
 #[path = "../../../extension/src/pgwire.rs"]
@@ -66,7 +67,7 @@ fn converse(stream: &[u8], piece: usize) -> Vec<String> {
         };
         let login = Login::new(
             Some(Password::new("secret".to_owned())),
-            None,
+            EndPoint::Clear,
             BindingMode::Prefer,
         );
         if let Err(error) = start_wal_push(&mut peer, "me", login) {

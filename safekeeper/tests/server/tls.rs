@@ -1,21 +1,22 @@
 //! Connections that are encrypted, and who shows which certificate.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
+use std::io::{self, Read as _, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use safekeeper::config::{Config, TlsFiles};
 use safekeeper::users::{Role, User, Users};
 use safekeeper_client::wal_client::{ClientError, WalClient, WalClientConfig, WalEvent};
 use safekeeper_protocol::Tli;
 use safekeeper_wire::certificates::{Authority, Issued, Subject};
+use safekeeper_wire::channel::Channel;
 use safekeeper_wire::credentials::Credentials;
 use safekeeper_wire::login::BindingMode;
 use safekeeper_wire::scram::Verifier;
 use safekeeper_wire::startup::{encode_startup, ssl_request};
-use safekeeper_wire::tls::{ClientTls, SslMode};
+use safekeeper_wire::tls::{ClientTls, ServerTls, ServerTlsFiles, SslMode};
 
 use super::client::{LOG_START, parse_error};
 use super::{Daemon, some_wal};
@@ -99,8 +100,12 @@ impl Encrypted {
     }
 
     fn connect(&self, credentials: Credentials) -> Result<WalClient, ClientError> {
+        self.connect_by(self.daemon.address().port(), credentials)
+    }
+
+    fn connect_by(&self, port: u16, credentials: Credentials) -> Result<WalClient, ClientError> {
         WalClient::connect(&WalClientConfig {
-            address: format!("localhost:{}", self.daemon.address().port()),
+            address: format!("localhost:{port}"),
             credentials,
             application_name: "test".to_owned(),
             cluster: None,
@@ -322,5 +327,130 @@ fn a_handshake_begins_where_it_is_expected() {
         let mut answer = Vec::new();
         let _ = socket.read_to_end(&mut answer);
         assert_ne!(answer.first(), Some(&b'R'));
+    }
+}
+
+/// What somebody in between makes of the question for a password.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Trick {
+    Nothing,
+    /// Binding is not offered.
+    LeaveOut,
+    /// It is, and then the client is asked again without.
+    AskTwice,
+}
+
+fn next_message(channel: &mut Channel) -> io::Result<Vec<u8>> {
+    let mut message = vec![0; 5];
+    channel.read_exact(&mut message)?;
+    let len = u32::from_be_bytes([message[1], message[2], message[3], message[4]]) as usize;
+    message.resize(1 + len, 0);
+    channel.read_exact(&mut message[5..])?;
+    Ok(message)
+}
+
+/// Passes on what client and daemon say to one another, but for its trick. True: the daemon has let it in, as
+/// the client.
+fn stand_between(
+    client: TcpStream,
+    tls: &ServerTls,
+    daemon: TcpStream,
+    trick: Trick,
+) -> io::Result<bool> {
+    const PLAIN: &[u8] = b"R\0\0\0\x17\0\0\0\x0ASCRAM-SHA-256\0\0";
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let (mut client, mut daemon) = (Channel::from(client), Channel::from(daemon));
+    let mut question = [0; 8];
+    client.read_exact(&mut question)?;
+    client.write_all(b"S")?;
+    let accepted = client.accept_tls(tls.config.clone(), &[], deadline);
+    accepted.map_err(io::Error::other)?;
+    let any = ClientTls {
+        mode: SslMode::Require,
+        ..ClientTls::default()
+    };
+    let connected = daemon.request_tls(&any, "localhost", deadline);
+    connected.map_err(io::Error::other)?;
+    let mut startup = vec![0; 4];
+    client.read_exact(&mut startup)?;
+    let len = u32::from_be_bytes([startup[0], startup[1], startup[2], startup[3]]) as usize;
+    startup.resize(len, 0);
+    client.read_exact(&mut startup[4..])?;
+    daemon.write_all(&startup)?;
+    loop {
+        let said = next_message(&mut daemon)?;
+        match (said[0], said.get(8)) {
+            (b'Z', _) => return Ok(true),
+            (b'R', Some(10)) if trick == Trick::LeaveOut => client.write_all(PLAIN)?,
+            (b'R', Some(10)) if trick == Trick::AskTwice => {
+                client.write_all(&said)?;
+                next_message(&mut client)?;
+                client.write_all(PLAIN)?;
+            }
+            _ => client.write_all(&said)?,
+        }
+        if let (b'R', Some(10 | 11)) = (said[0], said.get(8)) {
+            daemon.write_all(&next_message(&mut client)?)?;
+        }
+    }
+}
+
+/// The client takes any certificate. What keeps out who stands in between, with one of his own, is the binding.
+#[test]
+fn who_stands_in_between_is_not_let_in() {
+    let encrypted = Encrypted::start();
+    let issue = |authority: &Authority, name: &str| {
+        let issued = encrypted.certificate(authority, name, SERVER);
+        let files = ServerTlsFiles {
+            cert: issued.cert,
+            key: issued.key,
+            client_ca: None,
+            client_crl: None,
+        };
+        ServerTls::load(&files).expect("good files")
+    };
+    let own = issue(&encrypted.authority, "between");
+    let no_hash = issue(&Authority::without_hash("between"), "no_hash");
+    use BindingMode::{Disable, Prefer, Require};
+    for (binding, tls, trick, wanted) in [
+        // Without binding he is: the tricks are not what he lacks.
+        (Disable, &own, Trick::Nothing, None),
+        (Disable, &no_hash, Trick::Nothing, None),
+        (Prefer, &own, Trick::Nothing, Some("malformed SCRAM")),
+        (Prefer, &own, Trick::LeaveOut, Some("malformed SCRAM")),
+        (Prefer, &own, Trick::AskTwice, Some("out of turn")),
+        (Prefer, &no_hash, Trick::Nothing, Some("in between")),
+        (Prefer, &no_hash, Trick::LeaveOut, Some("malformed SCRAM")),
+        (Prefer, &no_hash, Trick::AskTwice, Some("in between")),
+        (Require, &own, Trick::Nothing, Some("malformed SCRAM")),
+        (Require, &own, Trick::LeaveOut, Some("does not offer")),
+        (Require, &own, Trick::AskTwice, Some("out of turn")),
+        (Require, &no_hash, Trick::LeaveOut, Some("nothing to bind")),
+    ] {
+        let mut credentials = encrypted.credentials("standby", "secret");
+        credentials.binding = binding;
+        credentials.tls = ClientTls {
+            mode: SslMode::Require,
+            ..ClientTls::default()
+        };
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = listener.local_addr().expect("bound").port();
+        let daemon = TcpStream::connect(encrypted.daemon.address()).expect("connected");
+        let (connected, is_in) = std::thread::scope(|scope| {
+            let between = scope.spawn(|| {
+                let (client, _) = listener.accept().expect("a client");
+                stand_between(client, tls, daemon, trick)
+            });
+            let connected = encrypted.connect_by(port, credentials).map(drop);
+            (connected, between.join().expect("no panic"))
+        });
+        match wanted {
+            None => assert!(is_in.is_ok_and(|it| it), "{trick:?}"),
+            Some(wanted) => {
+                assert!(!is_in.is_ok_and(|it| it), "{binding} {trick:?}: he is in");
+                let error = connected.expect_err("nobody is believed").to_string();
+                assert!(error.contains(wanted), "{binding} {trick:?}: {error}");
+            }
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateRevocationListParams, DnType, IsCa, Issuer,
-    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, date_time_ymd,
+    KeyIdMethod, KeyPair, KeyUsagePurpose, PKCS_ED25519, RevokedCertParams, date_time_ymd,
 };
 
 /// Of the next certificate.
@@ -37,10 +37,19 @@ pub struct Issued {
 
 impl Authority {
     pub fn new(common_name: &str) -> Authority {
+        Authority::with_key(common_name, KeyPair::generate().expect("a key"))
+    }
+
+    /// Signs by Ed25519: certificates to which nothing can be bound.
+    pub fn without_hash(common_name: &str) -> Authority {
+        let key = KeyPair::generate_for(&PKCS_ED25519).expect("a key");
+        Authority::with_key(common_name, key)
+    }
+
+    fn with_key(common_name: &str, key: KeyPair) -> Authority {
         let mut params = params(common_name, &[]);
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-        let key = KeyPair::generate().expect("a key");
         let certificate = params.self_signed(&key).expect("signed");
         Authority {
             pem: certificate.pem(),

@@ -33,7 +33,7 @@ use rustls::{ClientConnection, ServerConfig, ServerConnection};
 
 use crate::pgwire::Wait;
 use crate::startup::ssl_request;
-use crate::tls::{ALPN, ClientTls, TlsError, common_name, end_point};
+use crate::tls::{ALPN, ClientTls, EndPoint, TlsError, common_name, end_point};
 
 /// First byte of a TLS handshake; no startup packet begins with it, for it would be too long.
 pub const TLS_HANDSHAKE: u8 = 0x16;
@@ -174,11 +174,14 @@ impl Channel {
         common_name(certificate)
     }
 
-    /// What a client binds its proof to: a hash of the certificate that the peer has shown.
-    /// (RFC 5929, section 4)
-    pub fn peer_end_point(&self) -> Option<Vec<u8>> {
-        let certificate = self.session.as_ref()?.peer_certificates()?.first()?;
-        end_point(certificate)
+    /// What a client can bind its proof to, by the certificate that the peer has shown.
+    pub fn peer_end_point(&self) -> EndPoint {
+        let Some(session) = &self.session else {
+            return EndPoint::Clear;
+        };
+        let certificate = session.peer_certificates().and_then(<[_]>::first);
+        let hash = certificate.and_then(end_point);
+        hash.map_or(EndPoint::NoHash, EndPoint::Hash)
     }
 
     /// Encrypted bytes wait for the socket to take them: [`Write::flush`] when it can.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::login::{BindingMode, Login, Password};
 use crate::passfile::{PassfileError, find_password};
-use crate::tls::ClientTls;
+use crate::tls::{ClientTls, EndPoint};
 
 /// What is the same for all servers of a list.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,13 +27,12 @@ impl Credentials {
         }
     }
 
-    /// What to answer this server when it asks who we are; `end_point` is the hash of its certificate (tls.rs),
-    /// `None` without one.
+    /// What to answer this server when it asks who we are; `end_point` is that of its certificate.
     pub fn login(
         &self,
         host: &str,
         port: u16,
-        end_point: Option<Vec<u8>>,
+        end_point: EndPoint,
     ) -> Result<Login, PassfileError> {
         let password = self.password(host, port)?;
         Ok(Login::new(password, end_point, self.binding))

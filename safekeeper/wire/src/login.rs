@@ -7,13 +7,26 @@
 //!   R 0                              let in
 //! ```
 //!
-//! Nothing else is answered: a password is sent to nobody, not even as MD5.
+//! Nothing else is answered: a password is sent to nobody, not even as MD5. And nothing is answered twice: who
+//! asks for a second exchange may want an unbound proof of a password of which it has got a bound one.
+//!
+//! Whether a proof is bound (`fe-auth-scram.c`):
+//!
+//! | the server's certificate | and offered is `SCRAM-SHA-256-PLUS` | and it is not        |
+//! |--------------------------|-------------------------------------|----------------------|
+//! | none: not encrypted      | no, `n,,`                           | no, `n,,`            |
+//! | has a hash               | yes                                 | no, and says so, `y,,` |
+//! | has none                 | the server is not believed          | no, and says so, `y,,` |
+//!
+//! `y,,` is refused by a server that has offered it: then somebody in between has left it out, or has shown a
+//! certificate of another kind.
 
 use std::fmt;
 use std::io;
 use std::str::FromStr;
 
 use crate::scram::{ClientBinding, ClientExchange, MECHANISM, MECHANISM_PLUS};
+use crate::tls::EndPoint;
 
 /// A password that does not show in logs.
 #[derive(Clone, PartialEq, Eq)]
@@ -82,6 +95,8 @@ pub enum LoginError {
     Unknown(u32),
     #[error("invalid authentication request")]
     Malformed,
+    #[error("authentication request {0} out of turn: there is one exchange, of 10, 11 and 12")]
+    OutOfTurn(u32),
     #[error("the server did not prove that it knows the password: {0}")]
     NotProved(io::Error),
     #[error("the server let us in without proving that it knows the password")]
@@ -91,21 +106,32 @@ pub enum LoginError {
          server's certificate is signed in a way for which binding is not defined"
     )]
     NothingToBindTo,
+    #[error(
+        "the server offers {MECHANISM_PLUS}, and its certificate is signed in a way for which binding is not \
+         defined: somebody may stand in between; channel_binding=disable does without"
+    )]
+    NoHash,
     #[error("channel_binding=require, and the server does not offer {MECHANISM_PLUS}")]
     BindingNotOffered,
     #[error("channel_binding=require, and the server let us in without asking for a password")]
     NotBound,
 }
 
-/// An exchange that may be under way.
+/// What to answer one server.
 #[derive(Debug)]
 pub struct Login {
     password: Option<Password>,
-    end_point: Option<Vec<u8>>,
+    end_point: EndPoint,
     binding: BindingMode,
-    exchange: Option<ClientExchange>,
+    progress: Progress,
+}
+
+#[derive(Debug)]
+enum Progress {
+    NotAsked,
+    Asked(ClientExchange),
     /// The server has proved that it knows the password.
-    is_proved: bool,
+    Proved,
 }
 
 /// What comes next.
@@ -119,51 +145,46 @@ pub enum LoginStep {
 }
 
 impl Login {
-    /// `end_point` is the hash of the server's certificate (tls.rs), `None` without one.
-    pub fn new(
-        password: Option<Password>,
-        end_point: Option<Vec<u8>>,
-        binding: BindingMode,
-    ) -> Login {
+    /// `end_point` is that of the server's certificate.
+    pub fn new(password: Option<Password>, end_point: EndPoint, binding: BindingMode) -> Login {
         Login {
             password,
             end_point,
             binding,
-            exchange: None,
-            is_proved: false,
+            progress: Progress::NotAsked,
         }
     }
 
     /// `body` of a message `R`.
     pub fn on_request(&mut self, body: &[u8]) -> Result<LoginStep, LoginError> {
         let (code, data) = body.split_first_chunk::<4>().ok_or(LoginError::Malformed)?;
-        match u32::from_be_bytes(*code) {
-            0 if self.exchange.is_some() => Err(LoginError::Skipped),
+        let code = u32::from_be_bytes(*code);
+        match (code, &mut self.progress) {
+            (0, Progress::Asked(_)) => Err(LoginError::Skipped),
             // What was proved was bound: else `begin` has refused.
-            0 if self.binding == BindingMode::Require && !self.is_proved => {
+            (0, Progress::NotAsked) if self.binding == BindingMode::Require => {
                 Err(LoginError::NotBound)
             }
-            0 => Ok(LoginStep::LetIn),
-            3 => Err(LoginError::Method("cleartext password")),
-            5 => Err(LoginError::Method("MD5")),
-            7 | 8 => Err(LoginError::Method("GSSAPI")),
-            10 => self.begin(data),
-            11 => {
-                let exchange = self.exchange.as_mut().ok_or(LoginError::Malformed)?;
+            (0, _) => Ok(LoginStep::LetIn),
+            (3, _) => Err(LoginError::Method("cleartext password")),
+            (5, _) => Err(LoginError::Method("MD5")),
+            (7 | 8, _) => Err(LoginError::Method("GSSAPI")),
+            (10, Progress::NotAsked) => self.begin(data),
+            (11, Progress::Asked(exchange)) => {
                 exchange
                     .on_server_first(data)
                     .map_err(LoginError::NotProved)?;
                 Ok(LoginStep::Answer(exchange.message().to_vec()))
             }
-            12 => {
-                let mut exchange = self.exchange.take().ok_or(LoginError::Malformed)?;
+            (12, Progress::Asked(exchange)) => {
                 exchange
                     .on_server_final(data)
                     .map_err(LoginError::NotProved)?;
-                self.is_proved = true;
+                self.progress = Progress::Proved;
                 Ok(LoginStep::Nothing)
             }
-            code => Err(LoginError::Unknown(code)),
+            (10..=12, _) => Err(LoginError::OutOfTurn(code)),
+            (code, _) => Err(LoginError::Unknown(code)),
         }
     }
 
@@ -172,17 +193,20 @@ impl Login {
             let mut offered = mechanisms.split(|byte| *byte == 0);
             offered.any(|name| name == wanted.as_bytes())
         };
-        let (mechanism, binding) = match self.end_point.take() {
+        let is_required = self.binding == BindingMode::Require;
+        let is_offered = offers(MECHANISM_PLUS);
+        let (mechanism, binding) = match &self.end_point {
             _ if self.binding == BindingMode::Disable => (MECHANISM, ClientBinding::Impossible),
-            None if self.binding == BindingMode::Require => {
+            EndPoint::Clear | EndPoint::NoHash if is_required => {
                 return Err(LoginError::NothingToBindTo);
             }
-            Some(hash) if offers(MECHANISM_PLUS) => (MECHANISM_PLUS, ClientBinding::EndPoint(hash)),
-            Some(_) if self.binding == BindingMode::Require => {
-                return Err(LoginError::BindingNotOffered);
+            EndPoint::Clear => (MECHANISM, ClientBinding::Impossible),
+            EndPoint::NoHash if is_offered => return Err(LoginError::NoHash),
+            EndPoint::Hash(hash) if is_offered => {
+                (MECHANISM_PLUS, ClientBinding::EndPoint(hash.clone()))
             }
-            Some(_) => (MECHANISM, ClientBinding::NotOffered),
-            None => (MECHANISM, ClientBinding::Impossible),
+            EndPoint::Hash(_) if is_required => return Err(LoginError::BindingNotOffered),
+            EndPoint::NoHash | EndPoint::Hash(_) => (MECHANISM, ClientBinding::NotOffered),
         };
         if !offers(mechanism) {
             return Err(LoginError::Method("another SASL mechanism"));
@@ -196,7 +220,7 @@ impl Login {
         let len = u32::try_from(first.len()).map_err(|_| LoginError::Malformed)?;
         answer.extend_from_slice(&len.to_be_bytes());
         answer.extend_from_slice(first);
-        self.exchange = Some(exchange);
+        self.progress = Progress::Asked(exchange);
         Ok(LoginStep::Answer(answer))
     }
 }
@@ -219,7 +243,7 @@ mod tests {
 
     fn login(password: Option<&str>) -> Login {
         let password = password.map(|password| Password::new(password.to_owned()));
-        Login::new(password, None, BindingMode::Prefer)
+        Login::new(password, EndPoint::Clear, BindingMode::Prefer)
     }
 
     const OFFER: &[u8] = b"SCRAM-SHA-256-PLUS\0SCRAM-SHA-256\0\0";
@@ -243,40 +267,54 @@ mod tests {
         assert_eq!(step.expect("let in"), LoginStep::LetIn);
     }
 
-    /// What a client and a server with this certificate make of one another, by what the client demands.
+    /// What a client that sees this certificate makes of a server that has that one.
     #[test]
     fn proofs_are_bound_as_demanded() {
         use BindingMode::{Disable, Prefer, Require};
         const PLAIN: &[u8] = b"SCRAM-SHA-256\0\0";
-        let (ours, others) = (Some(&b"ours"[..]), Some(&b"others"[..]));
+        let hash = |name: &str| EndPoint::Hash(name.as_bytes().to_vec());
+        let (ours, others) = (hash("ours"), hash("others"));
+        let (clear, no_hash) = (EndPoint::Clear, EndPoint::NoHash);
+        let own = Some(&b"ours"[..]);
         for (mode, seen, own, offer, wanted) in [
-            (Prefer, ours, ours, OFFER, Ok(MECHANISM_PLUS)),
-            (Prefer, None, None, PLAIN, Ok(MECHANISM)),
+            (Prefer, &ours, own, OFFER, Ok(MECHANISM_PLUS)),
+            (Prefer, &clear, None, PLAIN, Ok(MECHANISM)),
             // A certificate for which binding is not defined is no reason to stay away; another one is.
-            (Prefer, ours, None, PLAIN, Ok(MECHANISM)),
-            (Prefer, ours, ours, PLAIN, Err("thinks the server does not")),
+            (Prefer, &ours, None, PLAIN, Ok(MECHANISM)),
+            (Prefer, &no_hash, None, PLAIN, Ok(MECHANISM)),
+            (Prefer, &ours, own, PLAIN, Err("thinks the server does not")),
             (
                 Prefer,
-                others,
-                ours,
+                &no_hash,
+                own,
+                PLAIN,
+                Err("thinks the server does not"),
+            ),
+            (Prefer, &no_hash, own, OFFER, Err("somebody may stand")),
+            (
+                Prefer,
+                &others,
+                own,
                 OFFER,
                 Err("channel binding is not that"),
             ),
-            (Disable, ours, ours, OFFER, Ok(MECHANISM)),
-            (Disable, others, ours, OFFER, Ok(MECHANISM)),
-            (Require, ours, ours, OFFER, Ok(MECHANISM_PLUS)),
+            (Disable, &ours, own, OFFER, Ok(MECHANISM)),
+            (Disable, &others, own, OFFER, Ok(MECHANISM)),
+            (Disable, &no_hash, own, OFFER, Ok(MECHANISM)),
+            (Require, &ours, own, OFFER, Ok(MECHANISM_PLUS)),
             (
                 Require,
-                others,
-                ours,
+                &others,
+                own,
                 OFFER,
                 Err("channel binding is not that"),
             ),
-            (Require, ours, None, PLAIN, Err("does not offer")),
-            (Require, None, ours, OFFER, Err("nothing to bind to")),
+            (Require, &ours, None, PLAIN, Err("does not offer")),
+            (Require, &clear, own, OFFER, Err("nothing to bind to")),
+            (Require, &no_hash, own, OFFER, Err("nothing to bind to")),
         ] {
             let password = Some(Password::new("secret".to_owned()));
-            let mut login = Login::new(password, seen.map(<[u8]>::to_vec), mode);
+            let mut login = Login::new(password, seen.clone(), mode);
             let found = (|| {
                 let first = match login.on_request(&request(10, offer)) {
                     Ok(LoginStep::Answer(first)) => first,
@@ -305,9 +343,57 @@ mod tests {
                 (found, wanted) => panic!("{mode} {seen:?} {own:?}: {found:?}, not {wanted:?}"),
             }
         }
-        let mut trusted = Login::new(None, ours.map(<[u8]>::to_vec), Require);
+        let mut trusted = Login::new(None, ours, Require);
         let let_in = trusted.on_request(&request(0, b""));
         assert!(matches!(let_in, Err(LoginError::NotBound)), "{let_in:?}");
+    }
+
+    /// Whoever has got a proof, or a beginning, does not get another that is less bound.
+    #[test]
+    fn there_is_one_exchange() {
+        let new = || {
+            let password = Some(Password::new("secret".to_owned()));
+            let hash = EndPoint::Hash(b"ours".to_vec());
+            Login::new(password, hash, BindingMode::Prefer)
+        };
+        let again = |login: &mut Login| {
+            for offer in [OFFER, b"SCRAM-SHA-256\0\0"] {
+                let refused = login.on_request(&request(10, offer));
+                assert!(
+                    matches!(refused, Err(LoginError::OutOfTurn(10))),
+                    "{refused:?}"
+                );
+            }
+        };
+        let mut login = new();
+        let first = answer(login.on_request(&request(10, OFFER)));
+        again(&mut login);
+        let server = ServerExchange::begin(
+            Verifier::of_password("secret"),
+            true,
+            MECHANISM_PLUS.as_bytes(),
+            Some(b"ours"),
+            &first[MECHANISM_PLUS.len() + 5..],
+        )
+        .expect("sound");
+        let proof = answer(login.on_request(&request(11, server.server_first().as_bytes())));
+        again(&mut login);
+        let last = server.finish(&proof).expect("sound").expect("right");
+        let step = login.on_request(&request(12, last.as_bytes()));
+        assert_eq!(step.expect("proved"), LoginStep::Nothing);
+        again(&mut login);
+        for (code, message) in [(11, "r=x,s=AAAA,i=1"), (12, last.as_str())] {
+            let second = login.on_request(&request(code, message.as_bytes()));
+            assert!(
+                matches!(second, Err(LoginError::OutOfTurn(_))),
+                "{second:?}"
+            );
+        }
+        // Nor is an exchange over that has only begun.
+        let mut login = new();
+        answer(login.on_request(&request(10, OFFER)));
+        let early = login.on_request(&request(12, last.as_bytes()));
+        assert!(matches!(early, Err(LoginError::NotProved(_))), "{early:?}");
     }
 
     #[test]

@@ -304,9 +304,9 @@ fn malformed(detail: &str) -> ErrorReport {
 /// What a client's proof is bound to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ClientBinding {
-    /// Nothing: there is no certificate, or none with a hash.
+    /// Nothing: the connection is not encrypted, or nobody wants it.
     Impossible,
-    /// Nothing: it could have been, but the server has not offered it.
+    /// Nothing: the connection is encrypted, but the server has not offered it.
     NotOffered,
     /// The hash of the server's certificate.
     EndPoint(Vec<u8>),

@@ -335,6 +335,17 @@ pub fn common_name(certificate: &CertificateDer<'_>) -> Option<String> {
     (names.next().is_none()).then(|| name.to_owned())
 }
 
+/// What a client's proof of its password can be bound to. (RFC 5929, section 4)
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EndPoint {
+    /// The connection is not encrypted.
+    Clear,
+    /// It is, by a certificate of which the hash is not defined.
+    NoHash,
+    /// Of the server's certificate.
+    Hash(Vec<u8>),
+}
+
 /// Hash of a certificate by the function it is signed with. `None` for signatures that have not one, or
 /// have a weak one: whoever needs the hash must do without. (RFC 5929, section 4.1)
 pub fn end_point(certificate: &CertificateDer<'_>) -> Option<Vec<u8>> {

@@ -157,15 +157,27 @@ fn each_mode_keeps_its_promise() {
         if let (Ok(near), Ok(far)) = (&connected, &accepted) {
             assert_eq!(near.is_encrypted(), far.is_encrypted());
             assert_eq!(near.has_named_protocol(), near.is_encrypted());
-            assert_eq!(
-                near.peer_end_point(),
-                server
-                    .as_ref()
-                    .filter(|_| near.is_encrypted())
-                    .and_then(|server| server.end_point.clone())
-            );
+            let own = server.as_ref().map(|server| server.end_point.clone());
+            let wanted = match own.filter(|_| near.is_encrypted()) {
+                Some(hash) => EndPoint::Hash(hash.expect("it has one")),
+                None => EndPoint::Clear,
+            };
+            assert_eq!(near.peer_end_point(), wanted);
         }
     }
+}
+
+#[test]
+fn a_certificate_without_a_hash_is_not_taken_for_none() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let authority = Authority::without_hash("authority");
+    let server = server(&authority.issue(dir.path(), "server", GOOD), None);
+    let root = authority.store(dir.path(), "root");
+    let tls = client(SslMode::VerifyFull, Some(&root));
+    let (near, far) = shake_hands(&tls, "localhost", Some(&server));
+    far.expect("accepted");
+    assert_eq!(near.expect("connected").peer_end_point(), EndPoint::NoHash);
+    assert_eq!(server.end_point, None);
 }
 
 /// A client's certificate is known by its common name; one that is not good ends the handshake.
