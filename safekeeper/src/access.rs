@@ -16,15 +16,17 @@
 //! Without any rule everybody is trusted; then only a loopback address may be listened on, unless the
 //! operator says `trust_network`.
 
+use std::io;
 use std::net::IpAddr;
 use std::path::Path;
 
 use ipnet::IpNet;
+use safekeeper_wire::scram::{SaltKey, random};
 use safekeeper_wire::tls::{ServerTls, ServerTlsFiles, TlsError};
 use serde::{Deserialize, Deserializer, de::Error as _};
 
 use crate::config::{Config, ConfigError};
-use crate::users::{Users, UsersError};
+use crate::users::{USERS_FILE, Users, UsersError};
 
 /// What a rule demands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -125,6 +127,8 @@ fn name<'de, D: Deserializer<'de>>(value: D) -> Result<Option<String>, D::Error>
 #[derive(Debug)]
 pub struct AccessControl {
     pub users: Users,
+    /// For asking those who are not among them.
+    pub salt_key: SaltKey,
     pub rules: Vec<AccessRule>,
     /// `None`: nothing is encrypted.
     pub tls: Option<ServerTls>,
@@ -135,6 +139,8 @@ pub struct AccessControl {
 pub enum AccessError {
     #[error(transparent)]
     Users(#[from] UsersError),
+    #[error("could not get random bytes: {0}")]
+    Random(io::Error),
     #[error("tls: {0}")]
     Tls(#[from] TlsError),
     #[error(transparent)]
@@ -142,16 +148,30 @@ pub enum AccessError {
 }
 
 impl AccessControl {
+    /// Whether `config`'s rules are enough for the addresses that are listened on is for the caller to check.
     pub fn load(data_dir: &Path, config: &Config) -> Result<AccessControl, AccessError> {
-        config.addresses()?;
         let files = config.tls.clone().map(|files| ServerTlsFiles {
             cert: files.cert,
             key: files.key,
             client_ca: files.client_ca,
             client_crl: files.client_crl,
         });
+        let users = Users::load(data_dir)?;
+        let salt_key = match users.salt_key() {
+            Some(key) => *key,
+            None => {
+                if !users.list().is_empty() {
+                    log::warn!(
+                        "{USERS_FILE} has no salt_key, so that a restart tells strangers which users there are; \
+                         \"safekeeper user add\" and \"remove\" write one"
+                    );
+                }
+                random().map_err(AccessError::Random)?
+            }
+        };
         Ok(AccessControl {
-            users: Users::load(data_dir)?,
+            users,
+            salt_key,
             rules: config.access.clone(),
             tls: files.as_ref().map(ServerTls::load).transpose()?,
         })

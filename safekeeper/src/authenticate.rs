@@ -64,7 +64,7 @@ pub fn authenticate(
         Some(Method::Scram) => {
             let question = Question {
                 verifier: known.as_ref().and_then(|user| user.verifier.clone()),
-                nobody: Verifier::of_nobody(&user, &connection.shared.secret),
+                nobody: Verifier::of_nobody(&user, &access.salt_key),
                 end_point: access.tls.as_ref().and_then(|tls| tls.end_point.as_deref()),
             };
             match question.ask(connection, deadline)? {

@@ -170,9 +170,16 @@ impl Config {
         Ok(())
     }
 
-    /// The two addresses to listen on, `listen` first, if they may be listened on and the other
-    /// settings go together.
+    /// The two addresses to listen on, `listen` first, if all settings go together.
     pub fn addresses(&self) -> Result<(SocketAddr, SocketAddr), ConfigError> {
+        let listen = resolve("listen", &self.listen)?;
+        let http = resolve("http", &self.http)?;
+        self.check(listen, http)?;
+        Ok((listen, http))
+    }
+
+    /// Whether the settings go together where these addresses are listened on, whatever `listen` and `http` say.
+    pub fn check(&self, listen: SocketAddr, http: SocketAddr) -> Result<(), ConfigError> {
         if self.max_connections == 0 {
             return Err(ConfigError("max_connections: must be at least 1".into()));
         }
@@ -215,8 +222,6 @@ impl Config {
                 )));
             }
         }
-        let listen = resolve("listen", &self.listen)?;
-        let http = resolve("http", &self.http)?;
         let is_open = |address: SocketAddr| !address.ip().is_loopback() && !self.trust_network;
         if is_open(listen) && !keep_strangers_out(&self.access) {
             return Err(ConfigError(format!(
@@ -233,7 +238,7 @@ impl Config {
                  network keeps strangers out"
             )));
         }
-        Ok((listen, http))
+        Ok(())
     }
 }
 

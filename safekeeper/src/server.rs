@@ -20,7 +20,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use safekeeper_wire::pgwire::{ConnectionError, ErrorReport, Output};
-use safekeeper_wire::scram::random;
 
 use crate::access::{AccessControl, AccessError};
 use crate::clusters::Clusters;
@@ -62,8 +61,6 @@ pub enum StartError {
     },
     #[error("could not start a thread: {0}")]
     Thread(io::Error),
-    #[error("could not get random bytes: {0}")]
-    Random(io::Error),
     #[error(transparent)]
     Access(#[from] AccessError),
     #[error(transparent)]
@@ -77,8 +74,6 @@ pub struct Shared {
     pub config: Config,
     pub metrics: Arc<Metrics>,
     pub clock: Clock,
-    /// For asking those who are nobody (see scram.rs).
-    pub secret: [u8; 32],
     access: RwLock<Arc<AccessControl>>,
     stopping: AtomicBool,
     /// By the number of the connection.
@@ -176,7 +171,6 @@ impl Server {
             config,
             metrics,
             clock: Clock::start(),
-            secret: random().map_err(StartError::Random)?,
             access: RwLock::new(Arc::new(access)),
             stopping: AtomicBool::new(false),
             open: Mutex::default(),
@@ -212,7 +206,14 @@ impl Server {
     /// Reads users and certificates again, and takes the rules of `config`. On an error all of it stays as it
     /// was.
     pub fn reload(&self, config: &Config) -> Result<(), AccessError> {
-        let access = AccessControl::load(self.data_dir.path(), config)?;
+        let in_effect = Config {
+            access: config.access.clone(),
+            tls: config.tls.clone(),
+            ..self.shared.config.clone()
+        };
+        // For the sockets that are open now, not for those of the next start.
+        in_effect.check(self.listen, self.http.address())?;
+        let access = AccessControl::load(self.data_dir.path(), &in_effect)?;
         log::info!(
             "access control reloaded n_users={} n_rules={} tls={}",
             access.users.list().len(),
@@ -224,11 +225,6 @@ impl Server {
             .as_mut()
             .unwrap_or_else(|poisoned| poisoned.get_mut());
         **current = Arc::new(access);
-        let in_effect = Config {
-            access: config.access.clone(),
-            tls: config.tls.clone(),
-            ..self.shared.config.clone()
-        };
         if in_effect != *config {
             log::warn!("other settings were changed, too; they take effect at the next start");
         }

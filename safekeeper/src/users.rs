@@ -4,6 +4,8 @@
 //! (`safekeeper_wire::scram`), from which it can't be had:
 //!
 //! ```text
+//!   salt_key = "..."                           drawn at random once; see safekeeper_wire::scram
+//!
 //!   [[user]]
 //!   name = "walproposer"
 //!   roles = ["proposer"]
@@ -19,7 +21,9 @@ use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-use safekeeper_wire::scram::Verifier;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use safekeeper_wire::scram::{SaltKey, Verifier, random};
 use serde::{Deserialize, Serialize};
 
 /// In the data directory.
@@ -84,6 +88,8 @@ struct UserEntry {
 #[derive(Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct UsersFile {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    salt_key: Option<String>,
     #[serde(default)]
     user: Vec<UserEntry>,
 }
@@ -115,6 +121,8 @@ pub enum UsersError {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Users {
     users: Vec<User>,
+    /// `None`: not drawn yet.
+    salt_key: Option<SaltKey>,
 }
 
 impl Users {
@@ -154,17 +162,30 @@ impl Users {
             };
             users.add(user).map_err(|error| error.to_string())?;
         }
+        if let Some(text) = file.salt_key {
+            let key = STANDARD.decode(text).ok();
+            let key = key.and_then(|key| SaltKey::try_from(key).ok());
+            users.salt_key = Some(key.ok_or("invalid salt_key: expected 32 bytes, as base64")?);
+        }
         Ok(users)
     }
 
     /// Replaces the file.
-    pub fn store(&self, data_dir: &Path) -> Result<(), UsersError> {
+    pub fn store(&mut self, data_dir: &Path) -> Result<(), UsersError> {
+        if self.salt_key.is_none() {
+            self.salt_key = Some(random().map_err(|source| UsersError::Io {
+                doing: "get random bytes for",
+                path: data_dir.join(USERS_FILE),
+                source,
+            })?);
+        }
         let entry = |user: &User| UserEntry {
             name: user.name.clone(),
             roles: user.roles.clone(),
             verifier: user.verifier.as_ref().map(Verifier::to_text),
         };
         let file = UsersFile {
+            salt_key: self.salt_key.map(|key| STANDARD.encode(key)),
             user: self.users.iter().map(entry).collect(),
         };
         let text = toml::to_string(&file).expect("texts and lists of texts");
@@ -217,6 +238,11 @@ impl Users {
     pub fn list(&self) -> &[User] {
         &self.users
     }
+
+    /// What those are asked with who are not here; another one for each restart would tell who is.
+    pub fn salt_key(&self) -> Option<&SaltKey> {
+        self.salt_key.as_ref()
+    }
 }
 
 #[cfg(test)]
@@ -244,7 +270,9 @@ mod tests {
         };
         users.add(strange).expect("new");
         users.store(dir.path()).expect("stored");
+        let salt_key = *users.salt_key().expect("drawn");
         users.store(dir.path()).expect("stored again");
+        assert_eq!(users.salt_key(), Some(&salt_key));
         assert_eq!(Users::load(dir.path()).expect("there"), users);
         let path = dir.path().join(USERS_FILE);
         let text = std::fs::read_to_string(&path).expect("a file");
@@ -289,6 +317,7 @@ mod tests {
             &entry("a", "proposer", "hunter2"),
             &entry("", "proposer", &verifier),
             &format!("{good}{good}"),
+            &format!("salt_key = \"hunter2\"\n{good}"),
         ] {
             let error = Users::parse(text).expect_err(text);
             assert!(

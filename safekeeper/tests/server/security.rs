@@ -118,6 +118,30 @@ fn who_proves_the_password_is_let_in_and_nobody_else() {
         .expect("trusted");
 }
 
+/// Whoever comes again, also after a restart, is asked as before: else that would tell whom there is.
+#[test]
+fn a_restart_tells_nobody_whom_there_is() {
+    let mut daemon = daemon();
+    let salts = |daemon: &Daemon| {
+        ["standby", "nobody"].map(|user| {
+            let mut client = Client::opened_by(daemon.address(), user);
+            let exchange = ClientExchange::begin("x", ClientBinding::Impossible);
+            let first = begin(&mut client, &exchange).expect("asked");
+            let first = String::from_utf8(first).expect("text");
+            let salt = first.split(',').find(|it| it.starts_with("s="));
+            salt.expect("a salt").to_owned()
+        })
+    };
+    let before = salts(&daemon);
+    assert_ne!(before[0], before[1]);
+    daemon.restart();
+    assert_eq!(salts(&daemon), before);
+    add_user(&daemon, "new", &[Role::Replication], "one");
+    let server = daemon.server.as_ref().expect("running");
+    server.reload(&rules(RULES)).expect("sound");
+    assert_eq!(salts(&daemon), before);
+}
+
 #[test]
 fn a_role_allows_what_it_is_for() {
     let daemon = daemon();
@@ -186,6 +210,46 @@ fn users_are_read_again_when_told_so() {
     server.reload(&rules(&banned)).expect("sound");
     let refused = Client::opened_by(daemon.address(), "new").last_words();
     assert_eq!(refused.expect("a reason").sqlstate, "28000");
+}
+
+/// The address that is listened on is not that of a file which takes effect at the next start.
+#[test]
+fn rules_stay_as_long_as_others_can_come() {
+    let mut daemon = Daemon::with(|config| {
+        config.listen = "0.0.0.0:0".into();
+        config.access = rules(RULES).access;
+    });
+    add_user(&daemon, "standby", &[Role::Replication], "secret");
+    daemon.restart();
+    let server = daemon.server.as_ref().expect("running");
+    for (listen, trust_network, text, problem) in [
+        ("127.0.0.1:0", false, "", "can be reached from other hosts"),
+        ("0.0.0.0:0", true, "", "can be reached from other hosts"),
+        (
+            "127.0.0.1:0",
+            false,
+            "[[access]]\nmethod = \"trust\"",
+            "can be reached from other hosts",
+        ),
+        (
+            "127.0.0.1:0",
+            false,
+            "[[access]]\nmethod = \"cert\"",
+            "no [tls] table",
+        ),
+    ] {
+        let config = Config {
+            listen: listen.into(),
+            trust_network,
+            ..rules(text)
+        };
+        let refused = server.reload(&config).expect_err("refused").to_string();
+        assert!(refused.contains(problem), "{refused}");
+        let mut stranger = Client::opened_by(daemon.address(), "standby");
+        let (tag, body) = stranger.receive().expect("a question");
+        assert_eq!((tag, &body[..4]), (b'R', &[0, 0, 0, 10][..]));
+    }
+    log_in(&daemon, "standby", "secret").expect("as before");
 }
 
 /// Those who never say who they are do not keep others out: the oldest makes room.

@@ -53,6 +53,10 @@ const ITERATIONS_MAX: u32 = 1_000_000;
 const KEY_LEN: usize = 32;
 type Key = [u8; KEY_LEN];
 
+/// By which a server makes salts for users that there are not; its own, and always the same
+/// (`mock_authentication_nonce` in `pg_control`).
+pub type SaltKey = Key;
+
 /// Random bytes in our half of a nonce (`SCRAM_RAW_NONCE_LEN`).
 const NONCE_LEN: usize = 18;
 const SALT_LEN: usize = 16;
@@ -112,15 +116,14 @@ impl Verifier {
         )
     }
 
-    /// For a user that there is not: nothing proves it, and it looks as any other. `secret` is the server's
-    /// own.
-    pub fn of_nobody(user: &str, secret: &[u8; 32]) -> Verifier {
-        let salt = hmac(secret, user.as_bytes())[..SALT_LEN].to_vec();
+    /// For a user that there is not: nothing proves it, and it looks as any other.
+    pub fn of_nobody(user: &str, key: &SaltKey) -> Verifier {
+        let salt = hmac(key, user.as_bytes())[..SALT_LEN].to_vec();
         Verifier {
             iterations: ITERATIONS,
             salt,
-            stored_key: hmac(secret, b"stored"),
-            server_key: hmac(secret, b"server"),
+            stored_key: hmac(key, b"stored"),
+            server_key: hmac(key, b"server"),
         }
     }
 }
