@@ -104,14 +104,15 @@ pub fn connect_in_background(dial: Dial, waker: Waker) -> io::Result<Receiver<Di
     let (outcome, receiver) = bounded(1);
     let panicked = (outcome.clone(), waker.clone());
     let body = move || {
-        let connected = connect(&dial)
-            .map_err(|error| error.to_string())
-            .and_then(|connected| {
-                let unblocked = connected.stream.socket().set_nonblocking(true);
-                unblocked
-                    .map(|()| connected)
-                    .map_err(|error| error.to_string())
-            });
+        let connected =
+            connect(&dial)
+                .map_err(|error| error.to_string())
+                .and_then(|mut connected| {
+                    let unblocked = connected.stream.set_nonblocking(true);
+                    unblocked
+                        .map(|()| connected)
+                        .map_err(|error| error.to_string())
+                });
         // If the receiver is gone, nobody wants the connection any more.
         let _ = outcome.send(connected.map_or_else(Dialled::Failed, Dialled::Connected));
         waker.wake();

@@ -306,9 +306,8 @@ impl Connection {
 
     fn say_goodbye(&mut self, time: Duration) -> io::Result<()> {
         let deadline = Instant::now() + time;
-        let socket = self.stream.socket();
-        socket.set_nonblocking(false)?;
-        socket.set_write_timeout(Some(time))?;
+        self.stream.set_nonblocking(false)?;
+        self.stream.wait_until(deadline)?;
         self.outbox.drain(&mut self.stream)?;
         self.stream.end_output();
         let mut answers = [0; 4096];

@@ -41,19 +41,24 @@ pub const TLS_HANDSHAKE: u8 = 0x16;
 /// The pieces of a record come faster than that, one after another.
 const TRICKLE: Duration = Duration::from_millis(20);
 
+/// Longest record as it travels, in bytes: head, contents, what encryption adds. (RFC 8446, section 5.2)
+const RECORD_LEN_MAX: usize = 5 + (1 << 14) + 256;
+
 /// One connection.
 #[derive(Debug)]
 pub struct Channel {
     socket: TcpStream,
     session: Option<Box<rustls::Connection>>,
+    blocks: bool,
 }
 
 impl From<TcpStream> for Channel {
-    /// In the clear.
+    /// In the clear; the socket blocks.
     fn from(socket: TcpStream) -> Channel {
         Channel {
             socket,
             session: None,
+            blocks: true,
         }
     }
 }
@@ -70,12 +75,18 @@ impl Channel {
         &self.socket
     }
 
+    /// Whether reading and writing wait for the peer; they do at first.
+    pub fn set_nonblocking(&mut self, nonblocking: bool) -> io::Result<()> {
+        self.blocks = !nonblocking;
+        self.socket.set_nonblocking(nonblocking)
+    }
+
     pub fn is_encrypted(&self) -> bool {
         self.session.is_some()
     }
 
     /// The server's side of the handshake, over by `deadline`. `arrived` is what has been read of it
-    /// already. Leaves another read time-out on the socket.
+    /// already. Leaves other time-outs on the socket.
     pub fn accept_tls(
         &mut self,
         config: Arc<ServerConfig>,
@@ -86,7 +97,7 @@ impl Channel {
         self.shake_hands(session.into(), arrived, deadline)
     }
 
-    /// As a client of `host`: asks for encryption, as far as `tls` says so. Leaves another read time-out on
+    /// As a client of `host`: asks for encryption, as far as `tls` says so. Leaves other time-outs on
     /// the socket.
     pub fn request_tls(
         &mut self,
@@ -97,9 +108,9 @@ impl Channel {
         let Some(config) = tls.load()? else {
             return Ok(());
         };
-        self.socket.write_all(&ssl_request())?;
-        let mut answer = [0];
         self.wait_until(deadline)?;
+        self.socket.write_all(&ssl_request()).map_err(timed_out)?;
+        let mut answer = [0];
         self.socket.read_exact(&mut answer).map_err(timed_out)?;
         match answer {
             [b'S'] => {}
@@ -124,13 +135,13 @@ impl Channel {
         deadline: Instant,
     ) -> Result<(), TlsError> {
         while session.is_handshaking() {
+            self.wait_until(deadline)?;
             flush(&mut session, &self.socket).map_err(timed_out)?;
             // A peer that has said that nothing more comes.
             if !session.wants_read() {
                 return Err(TlsError::Io(ErrorKind::UnexpectedEof.into()));
             }
             let read = if arrived.is_empty() {
-                self.wait_until(deadline)?;
                 session.read_tls(&mut &self.socket).map_err(timed_out)?
             } else {
                 session.read_tls(&mut arrived)?
@@ -153,13 +164,14 @@ impl Channel {
         Ok(())
     }
 
-    /// From now on the socket waits no longer than that.
-    fn wait_until(&self, deadline: Instant) -> io::Result<()> {
+    /// From now on the socket waits no longer than that, for reading or for writing; `TimedOut` if it is over.
+    pub fn wait_until(&self, deadline: Instant) -> io::Result<()> {
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Err(ErrorKind::TimedOut.into());
         }
-        self.socket.set_read_timeout(Some(left))
+        self.socket.set_read_timeout(Some(left))?;
+        self.socket.set_write_timeout(Some(left))
     }
 
     /// Both have named the protocol in the handshake.
@@ -200,7 +212,8 @@ impl Channel {
     }
 
     /// Reads once; 0 is the end of the stream. Waits up to the socket's read timeout, if at all; twice as long
-    /// for a peer that says a byte now and then.
+    /// for a peer that says a byte now and then. Who does not wait is not kept by records that hold nothing,
+    /// however many there are.
     pub fn receive(&mut self, room: &mut [u8], wait: Wait) -> io::Result<usize> {
         let flags = match wait {
             Wait::Yes => RecvFlags::empty(),
@@ -213,30 +226,35 @@ impl Channel {
         let Some(session) = &mut self.session else {
             return received.read(room);
         };
+        let waits = self.blocks && wait == Wait::Yes;
         let began = Instant::now();
+        let mut n_read = 0;
         loop {
-            let decrypted = take_decrypted(session, room)?;
-            if decrypted.is_some() {
-                return Ok(decrypted.unwrap_or_default());
+            if let Some(taken) = take_decrypted(session, room)? {
+                return Ok(taken);
             }
-            session.read_tls(&mut received)?;
+            let is_over = if waits {
+                // Records come in pieces: the kernel is not asked at each of them.
+                let waited = began.elapsed();
+                waited >= TRICKLE && self.socket.read_timeout()?.is_some_and(|it| waited >= it)
+            } else {
+                n_read > RECORD_LEN_MAX
+            };
+            if is_over {
+                return Err(ErrorKind::WouldBlock.into());
+            }
+            n_read += session.read_tls(&mut received)?;
             if let Err(error) = session.process_new_packets() {
                 // An alert: the peer may be gone already.
                 let _ = flush(session, &self.socket);
                 return Err(io::Error::new(ErrorKind::InvalidData, error));
             }
-            if session.wants_write() {
-                // New keys were asked for. What the kernel does not take now goes with what is sent next.
+            // New keys were asked for. The answer goes now or with what is sent next.
+            if session.wants_write() && (waits || !self.blocks) {
                 match flush(session, &self.socket) {
                     Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
                     _ => {}
                 }
-            }
-            let waited = began.elapsed();
-            let is_over = |patience: Option<Duration>| patience.is_some_and(|it| waited >= it);
-            // Records come in pieces: the kernel is not asked at each of them.
-            if waited >= TRICKLE && is_over(self.socket.read_timeout()?) {
-                return Err(ErrorKind::WouldBlock.into());
             }
         }
     }

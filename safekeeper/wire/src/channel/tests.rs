@@ -4,6 +4,9 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use ring::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use rustls::ConnectionTrafficSecrets;
+
 use super::*;
 use crate::certificates::{Authority, Issued, Subject};
 use crate::tls::{ServerTls, ServerTlsFiles, SslMode};
@@ -341,7 +344,7 @@ fn files_that_cannot_be_used_are_named() {
 #[test]
 fn what_the_socket_does_not_take_is_kept() {
     let (mut near, mut far) = encrypted();
-    near.socket().set_nonblocking(true).expect("set");
+    near.set_nonblocking(true).expect("set");
     let bytes: Vec<u8> = (0..20_000_000u32).map(|n| (n % 251) as u8).collect();
     let mut sent = 0;
     while sent < bytes.len() {
@@ -369,9 +372,94 @@ fn what_the_socket_does_not_take_is_kept() {
             Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
         }
     }
-    near.socket().set_nonblocking(false).expect("set");
+    near.set_nonblocking(false).expect("set");
     near.end_output();
     assert!(reader.join().expect("no panic") == bytes);
+}
+
+/// A server's own socket after the handshake, and messages that TLS takes for itself, as many as are wanted;
+/// behind them a byte for us.
+fn tickets(server: Channel, n: usize, byte: u8) -> (TcpStream, Vec<u8>) {
+    const DATA: u8 = 0x17;
+    const HANDSHAKE: u8 = 0x16;
+    /// NewSessionTicket: its length, lifetime, age, nonce, ticket, extensions. (RFC 8446, section 4.6.1)
+    const TICKET: &[u8] = b"\x04\x00\x00\x0E\x00\x00\x0E\x10\x00\x00\x00\x00\x00\x00\x01t\x00\x00";
+    let Channel {
+        socket, session, ..
+    } = server;
+    let Some(rustls::Connection::Server(session)) = session.map(|session| *session) else {
+        panic!("a server's");
+    };
+    let secrets = session.dangerous_extract_secrets().expect("enabled");
+    let (sequence, ConnectionTrafficSecrets::Aes256Gcm { key, iv }) = secrets.tx else {
+        panic!("another cipher");
+    };
+    let key = UnboundKey::new(&AES_256_GCM, key.as_ref()).expect("a key");
+    let key = LessSafeKey::new(key);
+    let byte = [byte];
+    let contents = std::iter::repeat_n((TICKET, HANDSHAKE), n).chain([(&byte[..], DATA)]);
+    let mut records = Vec::new();
+    for (sequence, (contents, kind)) in (sequence..).zip(contents) {
+        let mut nonce = [0; 12];
+        nonce[4..].copy_from_slice(&sequence.to_be_bytes());
+        for (byte, iv) in nonce.iter_mut().zip(iv.as_ref()) {
+            *byte ^= iv;
+        }
+        let mut inner = [contents, &[kind]].concat();
+        let len = u8::try_from(inner.len() + 16).expect("a short one");
+        let head = [DATA, 3, 3, 0, len];
+        let nonce = Nonce::assume_unique_for_key(nonce);
+        key.seal_in_place_append_tag(nonce, Aad::from(head), &mut inner)
+            .expect("sealed");
+        records.extend(head);
+        records.extend(inner);
+    }
+    (socket, records)
+}
+
+/// Who must not wait is done with a flood of records that hold nothing for us before it is over.
+#[test]
+fn a_flood_of_nothing_keeps_nobody_who_does_not_wait() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let authority = Authority::new("authority");
+    let server = server(&authority.issue(dir.path(), "server", GOOD), None);
+    let mut config = (*server.config).clone();
+    config.enable_secret_extraction = true;
+    for blocks in [true, false] {
+        let (near, far) = pair();
+        let (mut near, mut far) = (Channel::from(near), Channel::from(far));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut question = [0; 8];
+                near.read_exact(&mut question).expect("a question");
+                near.write_all(b"S").expect("sent");
+                near.accept_tls(Arc::new(config.clone()), &[], soon())
+                    .expect("good");
+            });
+            let tls = client(SslMode::Require, None);
+            far.request_tls(&tls, "localhost", soon()).expect("good");
+        });
+        let (mut socket, records) = tickets(near, 2_000, 7);
+        socket.write_all(&records).expect("the kernel has room");
+        far.set_nonblocking(!blocks).expect("set");
+        let wait = if blocks { Wait::No } else { Wait::Yes };
+        let (mut room, mut n_floods) = ([0; 100], 0);
+        let taken = loop {
+            let waiting = bytes_waiting(&far);
+            match far.receive(&mut room, wait) {
+                Ok(taken) => break taken,
+                Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock, "{error}"),
+            }
+            // It was not the end of what had arrived that made it return.
+            n_floods += u32::from(waiting > 0 && bytes_waiting(&far) > 0);
+        };
+        assert_eq!(room[..taken], [7]);
+        assert!(n_floods > 0, "never");
+    }
+}
+
+fn bytes_waiting(channel: &Channel) -> u64 {
+    rustix::io::ioctl_fionread(channel).expect("a socket")
 }
 
 /// Who gets less than there was room for may sleep in poll(2).
