@@ -13,6 +13,9 @@
 //!   method = "scram"                or "cert", "trust", "reject"
 //! ```
 //!
+//! A rule that asks for a certificate fits those, too, who do not encrypt, and refuses them: else they would go
+//! on to a rule that asks for less. `tls = true` says that they are meant to.
+//!
 //! Without any rule everybody is trusted; then only a loopback address may be listened on, unless the
 //! operator says `trust_network`.
 
@@ -59,13 +62,17 @@ impl AccessRule {
         self.address
             .is_none_or(|network| network.contains(&address))
             && self.tls.is_none_or(|tls| tls == is_encrypted)
-            && (is_encrypted || !self.needs_certificate())
             && self.user.as_deref().is_none_or(|name| name == user)
     }
 
-    /// It fits encrypted connections only.
+    /// Nobody gets in by it who does not encrypt.
     pub fn needs_tls(&self) -> bool {
         self.tls == Some(true) || self.needs_certificate()
+    }
+
+    /// Nobody gets in by it at all: it fits those only who do not encrypt, and asks them for a certificate.
+    pub fn contradicts_itself(&self) -> bool {
+        self.tls == Some(false) && self.needs_certificate()
     }
 
     pub fn needs_certificate(&self) -> bool {
@@ -214,8 +221,14 @@ mod tests {
             method = "cert"
             [[access]]
             address = "192.0.2.0/24"
-            tls = false
-            method = "reject"
+            method = "trust"
+            [[access]]
+            address = "203.0.113.0/24"
+            tls = true
+            method = "cert"
+            [[access]]
+            address = "203.0.113.0/24"
+            method = "scram"
             [[access]]
             address = "198.51.100.0/24"
             tls = true
@@ -237,7 +250,9 @@ mod tests {
             ("::1", false, "standby", Some(Method::Scram)),
             ("fe80::1", false, "standby", None),
             ("192.0.2.1", true, "standby", Some(Method::Cert)),
-            ("192.0.2.1", false, "standby", Some(Method::Reject)),
+            ("192.0.2.1", false, "standby", Some(Method::Cert)),
+            ("203.0.113.1", true, "standby", Some(Method::Cert)),
+            ("203.0.113.1", false, "standby", Some(Method::Scram)),
             ("198.51.100.1", true, "standby", Some(Method::Scram)),
             ("198.51.100.1", false, "standby", None),
         ] {

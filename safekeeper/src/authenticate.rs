@@ -146,15 +146,7 @@ fn next_answer(connection: &mut Connection, deadline: Instant) -> Result<Vec<u8>
             }
             return Ok(frame.body.to_vec());
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            return Err(ConnectionError::Fatal(ErrorReport::new(
-                "08006",
-                "canceling authentication due to timeout",
-            )));
-        }
-        let socket = connection.channel.socket();
-        socket.set_read_timeout(Some(left))?;
+        connection.wait_until(deadline)?;
         if connection.input.fill(&mut connection.channel, Wait::Yes)? == Filled::Closed {
             return Err(closed().into());
         }

@@ -211,6 +211,12 @@ impl Config {
             None => (false, false),
         };
         for (n, rule) in (1..).zip(&self.access) {
+            if rule.contradicts_itself() {
+                return Err(ConfigError(format!(
+                    "access: rule {n} asks for a certificate where tls = false, and without encryption \
+                     there is none"
+                )));
+            }
             if rule.needs_tls() && !has_tls {
                 return Err(ConfigError(format!(
                     "access: rule {n} is for encrypted connections, and there is no [tls] table"
@@ -404,6 +410,37 @@ mod tests {
             ("wal_keep_size = 0\nmax_wal_keep = 1", true),
         ] {
             assert_eq!(config(text).addresses().is_ok(), accepted, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_rule_by_which_nobody_gets_in_is_refused() {
+        for (text, problem) in [
+            ("tls = true\nmethod = \"scram\"", "no [tls] table"),
+            ("method = \"cert\"", "no [tls] table"),
+            (
+                "tls = false\nmethod = \"cert\"",
+                "rule 1 asks for a certificate",
+            ),
+        ] {
+            let text = format!("[[access]]\n{text}");
+            let config = Config::from_toml(&text).expect("valid");
+            let error = config.addresses().expect_err(&text).to_string();
+            assert!(error.contains(problem), "{text}: {error}");
+        }
+        let tls = "[tls]\ncert = \"c\"\nkey = \"k\"\n";
+        for (ca, rule, accepted) in [
+            ("", "method = \"cert\"", false),
+            ("client_ca = \"a\"\n", "method = \"cert\"", true),
+            (
+                "client_ca = \"a\"\n",
+                "tls = false\nmethod = \"cert\"",
+                false,
+            ),
+        ] {
+            let config = Config::from_toml(&format!("{tls}{ca}[[access]]\n{rule}"));
+            let is_accepted = config.expect("valid").addresses().is_ok();
+            assert_eq!(is_accepted, accepted, "{ca}{rule}");
         }
     }
 

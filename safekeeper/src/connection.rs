@@ -152,8 +152,6 @@ impl Connection {
 
     fn serve(&mut self) -> Result<(), ConnectionError> {
         self.channel.socket().set_nodelay(true)?;
-        let socket = self.channel.socket();
-        socket.set_write_timeout(Some(STALL_TIMEOUT))?;
         let deadline = Instant::now() + STARTUP_TIMEOUT;
         // One for all of it: what is reloaded meanwhile is for the next.
         let access = self.shared.access();
@@ -163,9 +161,13 @@ impl Connection {
         self.startup = startup;
         self.roles = authenticate(self, &access, deadline)?;
         self.shared.let_in(self.id)?;
+        let (socket, patience) = (
+            self.channel.socket(),
+            self.shared.config.first_command_timeout,
+        );
+        socket.set_write_timeout(Some(STALL_TIMEOUT))?;
+        socket.set_read_timeout(Some(patience))?;
         self.greet()?;
-        let patience = self.shared.config.first_command_timeout;
-        self.channel.socket().set_read_timeout(Some(patience))?;
         self.wait_for_frame(COMMAND_LEN_MAX)?;
         self.has_spoken = true;
         self.channel
@@ -181,7 +183,9 @@ impl Connection {
         deadline: Instant,
     ) -> Result<Option<Startup>, ConnectionError> {
         let tls = access.tls.as_ref();
+        let (mut has_asked_tls, mut has_asked_gssapi) = (false, false);
         loop {
+            self.wait_until(deadline)?;
             let tls = tls.filter(|_| !self.channel.is_encrypted());
             if let Some(tls) = tls
                 && self.input.arrived().first() == Some(&TLS_HANDSHAKE)
@@ -203,6 +207,12 @@ impl Connection {
                         "encryption asked for inside an encrypted connection",
                     )));
                 }
+                Some(Opening::Tls) if std::mem::replace(&mut has_asked_tls, true) => {
+                    return Err(asked_twice());
+                }
+                Some(Opening::Gssapi) if std::mem::replace(&mut has_asked_gssapi, true) => {
+                    return Err(asked_twice());
+                }
                 Some(Opening::Tls) if let Some(tls) = tls => {
                     // What came along unencrypted may be of somebody in between.
                     if self.input.is_inside_frame() {
@@ -222,20 +232,25 @@ impl Connection {
                     self.channel.send_all(&mut [IoSlice::new(b"N")])?;
                 }
                 None => {
-                    let left = deadline.saturating_duration_since(Instant::now());
-                    if left.is_zero() {
-                        return Err(ConnectionError::Fatal(ErrorReport::new(
-                            "08006",
-                            "startup packet did not arrive in time",
-                        )));
-                    }
-                    self.channel.socket().set_read_timeout(Some(left))?;
                     if self.input.fill(&mut self.channel, Wait::Yes)? == Filled::Closed {
                         return Err(closed().into());
                     }
                 }
             }
         }
+    }
+
+    /// Until it is known who the peer is, nothing waits longer than that, neither reading nor writing.
+    pub fn wait_until(&self, deadline: Instant) -> Result<(), ConnectionError> {
+        self.channel
+            .wait_until(deadline)
+            .map_err(|error| match error.kind() {
+                io::ErrorKind::TimedOut => ConnectionError::Fatal(ErrorReport::new(
+                    "08006",
+                    "canceling authentication due to timeout",
+                )),
+                _ => error.into(),
+            })
     }
 
     /// The handshake of TLS, of which the beginning may have arrived.
@@ -458,6 +473,10 @@ impl Connection {
         }
         Ok(())
     }
+}
+
+fn asked_twice() -> ConnectionError {
+    ConnectionError::Fatal(ErrorReport::protocol("encryption asked for twice"))
 }
 
 /// What follows a command.

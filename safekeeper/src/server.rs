@@ -10,9 +10,9 @@
 //! [`Server::stop`] ends them in this order: no new connections; those that are there see the end
 //! of their input, flush, say why and close; then commit_lsn is persisted. It waits for each.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
@@ -41,7 +41,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(5);
 const KEEPALIVE_PROBES: u32 = 3;
 
 /// Connections at a time of which it is not known yet who they are. Above it a new one takes the place of
-/// the oldest; above twice as many, while those end, it is refused.
+/// another (`make_room`); above twice as many, while those end, it is refused.
 pub const STRANGERS_MAX: usize = 50;
 /// For connections that were shut to be gone.
 const STRANGERS_END_WITHIN: Duration = Duration::from_secs(1);
@@ -88,6 +88,7 @@ pub struct Shared {
 struct OpenConnection {
     /// For the end.
     socket: TcpStream,
+    host: IpAddr,
     /// It is known who it is, and it counts among `max_connections`.
     is_in: bool,
     /// It has had to make room.
@@ -323,16 +324,11 @@ fn admit(shared: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
     {
         let mut open = shared.open();
         if n_strangers(&open) >= STRANGERS_MAX {
-            // The one that has had the most time. Who means it needs a moment only.
-            let oldest = open.values_mut().find(|it| !it.is_in && !it.is_shut);
-            if let Some(oldest) = oldest {
-                oldest.is_shut = true;
-                // It may be closed already by the peer.
-                let _ = oldest.socket.shutdown(Shutdown::Both);
-            }
+            make_room(&mut open);
         }
         let connection = OpenConnection {
             socket: for_end,
+            host: host_of(peer),
             is_in: false,
             is_shut: false,
         };
@@ -350,6 +346,39 @@ fn admit(shared: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
     });
     if let Err(error) = started {
         log::warn!("connection refused from={peer} ({error})");
+    }
+}
+
+/// One stranger has to go: of the host that has most of them, the one that has had the most time. So a host that
+/// floods us crowds out itself, and nobody who comes from another one and needs a moment only.
+fn make_room(open: &mut OpenConnections) {
+    let mut strangers: Vec<_> = open
+        .values_mut()
+        .filter(|connection| !connection.is_in && !connection.is_shut)
+        .collect();
+    let mut n_of = HashMap::new();
+    for stranger in &strangers {
+        *n_of.entry(stranger.host).or_insert(0) += 1;
+    }
+    let most = n_of.values().max();
+    let oldest = strangers
+        .iter_mut()
+        .find(|stranger| n_of.get(&stranger.host) == most);
+    if let Some(oldest) = oldest {
+        oldest.is_shut = true;
+        // It may be closed already by the peer.
+        let _ = oldest.socket.shutdown(Shutdown::Both);
+    }
+}
+
+/// Where a peer comes from: an IPv4 address, or a network of IPv6, of which one host has all addresses.
+fn host_of(peer: SocketAddr) -> IpAddr {
+    match peer.ip().to_canonical() {
+        IpAddr::V6(address) => {
+            let network = address.to_bits() & !u128::from(u64::MAX);
+            Ipv6Addr::from_bits(network).into()
+        }
+        address => address,
     }
 }
 
@@ -405,5 +434,19 @@ fn housekeep(shared: &Shared) {
     };
     while !shared.wait_until(HOUSEKEEPING_INTERVAL, |_| shared.is_stopping()) {
         shared.clusters.housekeep(&retention);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_of_ipv6_is_one_host() {
+        let host = |text: &str| host_of(SocketAddr::new(text.parse().expect("an address"), 1));
+        assert_eq!(host("2001:db8::1"), host("2001:db8::ffff:0:0:2"));
+        assert_ne!(host("2001:db8::1"), host("2001:db8:0:1::1"));
+        assert_eq!(host("::ffff:192.0.2.1"), host("192.0.2.1"));
+        assert_ne!(host("192.0.2.2"), host("192.0.2.1"));
     }
 }

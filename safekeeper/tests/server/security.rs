@@ -1,6 +1,7 @@
 //! Who is let in, and what they may do there.
 
-use std::io::Write as _;
+use std::io::{self, Read as _, Write as _};
+use std::net::{SocketAddr, TcpStream};
 
 use safekeeper::config::Config;
 use safekeeper::users::{Role, User, Users};
@@ -276,4 +277,67 @@ fn strangers_do_not_keep_others_out() {
         count.expect("a count") <= 60
     });
     drop(silent);
+}
+
+/// A host that floods the safekeeper crowds out itself, and nobody else who is about to show who it is.
+#[test]
+fn a_flood_from_one_host_leaves_the_others_time() {
+    let daemon = daemon();
+    let mut client = Client::opened_by(daemon.address(), "standby");
+    let mut exchange = ClientExchange::begin("secret", ClientBinding::Impossible);
+    let first = begin(&mut client, &exchange).expect("asked");
+    let flood: Vec<_> = (0..300)
+        .map(|_| {
+            let socket = connect_from([127, 0, 0, 2], daemon.address());
+            socket.set_nonblocking(true).expect("set");
+            socket
+        })
+        .collect();
+    // Nothing is said to those who have said nothing.
+    let is_shut = |socket: &TcpStream| match socket.peek(&mut [0]) {
+        Ok(_) => true,
+        Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+    };
+    wait_for("most of the flood to be shut", || {
+        flood.iter().filter(|socket| is_shut(socket)).count() >= 250
+    });
+    exchange.on_server_first(&first).expect("the server's");
+    client.send(b'p', exchange.message());
+    answer(&mut client, 12).expect("still there");
+    client.until_ready().expect("let in");
+}
+
+fn connect_from(host: [u8; 4], to: SocketAddr) -> TcpStream {
+    use rustix::net;
+    let socket = net::socket(net::AddressFamily::INET, net::SocketType::STREAM, None);
+    let socket = socket.expect("a socket");
+    net::bind(&socket, &SocketAddr::from((host, 0))).expect("an address of our own");
+    net::connect(&socket, &to).expect("connected");
+    socket.into()
+}
+
+/// Who asks for encryption again and again gains no time by it.
+#[test]
+fn encryption_is_asked_for_once() {
+    let daemon = daemon();
+    const TLS: [u8; 8] = [0, 0, 0, 8, 4, 0xD2, 0x16, 0x2F];
+    const GSSAPI: [u8; 8] = [0, 0, 0, 8, 4, 0xD2, 0x16, 0x30];
+    for (questions, n_answers) in [
+        (&[TLS, GSSAPI, TLS][..], 2),
+        (&[GSSAPI, GSSAPI], 1),
+        (&[TLS, TLS], 1),
+    ] {
+        let mut client = Client::raw(daemon.address());
+        client
+            .socket
+            .write_all(&questions.concat())
+            .expect("the kernel takes it");
+        let mut said = Vec::new();
+        client.socket.read_to_end(&mut said).expect("closed");
+        assert_eq!(said[..n_answers], vec![b'N'; n_answers]);
+        assert_eq!(said[n_answers], b'E');
+        let error = super::client::parse_error(&said[n_answers + 5..]);
+        assert_eq!(error.sqlstate, "08P01");
+        assert!(error.message.contains("twice"), "{}", error.message);
+    }
 }
