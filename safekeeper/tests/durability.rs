@@ -682,7 +682,7 @@ fn an_election_for_whose_history_file_there_is_no_room_can_be_repeated() {
         assert!(matches!(refused, Err(PushError::NoSpace(_))), "{refused:?}");
         assert_eq!(keeper.view().state.history, dir.state.history);
         // What it has promised it knows by itself, should the file be damaged meanwhile.
-        std::fs::write(&control, &[0xFF; 1000]).unwrap();
+        std::fs::write(&control, [0xFF; 1000]).unwrap();
     }
     assert!(read_state(dir.disk.as_ref(), log::SYSTEM_ID).is_err());
     faults.set_full(false);

@@ -148,7 +148,6 @@ impl WalClient {
     pub fn connect(config: &WalClientConfig) -> Asked<WalClient> {
         let socket = dial(&config.address, config.timeout)?;
         socket.set_nodelay(true)?;
-        socket.set_write_timeout(Some(config.timeout))?;
         // A peer whose host is gone is noticed by what we report to it.
         let user_timeout = u32::try_from(config.timeout.as_millis()).unwrap_or(u32::MAX);
         rustix::net::sockopt::set_tcp_user_timeout(&socket, user_timeout)
@@ -170,6 +169,8 @@ impl WalClient {
             TlsError::Io(error) => ClientError::Lost(error),
             error => ClientError::Tls(error),
         })?;
+        let socket = client.channel.socket();
+        socket.set_write_timeout(Some(config.timeout))?;
         let end_point = client.channel.peer_end_point();
         let login = config.credentials.login(host, port, end_point)?;
         client.shake_hands(config, login)?;
