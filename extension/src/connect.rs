@@ -11,7 +11,6 @@ use crossbeam_channel::{Receiver, bounded};
 use safekeeper_protocol::PeerAddress;
 use safekeeper_wire::channel::Channel;
 use safekeeper_wire::credentials::Credentials;
-use safekeeper_wire::passfile::PassfileError;
 use safekeeper_wire::tls::TlsError;
 use socket2::{SockRef, TcpKeepalive};
 
@@ -38,8 +37,6 @@ pub enum ConnectError {
     Connect(io::Error),
     #[error(transparent)]
     Tls(#[from] TlsError),
-    #[error(transparent)]
-    Passfile(#[from] PassfileError),
     #[error(transparent)]
     Handshake(#[from] WireError),
 }
@@ -77,10 +74,11 @@ pub fn connect(dial: &Dial) -> Result<Connected, ConnectError> {
                 let mut stream = Channel::from(socket);
                 let credentials = &dial.credentials;
                 let Credentials { user, tls, .. } = credentials;
-                stream.request_tls(tls, host, Instant::now() + dial.timeout)?;
+                let deadline = Instant::now() + dial.timeout;
+                stream.request_tls(tls, host, deadline)?;
+                let login = credentials.login(host, *port, stream.peer_end_point());
+                let round_trip = start_wal_push(&mut stream.until(deadline), user, login)?;
                 prepare(stream.socket(), dial.timeout).map_err(ConnectError::Connect)?;
-                let login = credentials.login(host, *port, stream.peer_end_point())?;
-                let round_trip = start_wal_push(&mut stream, user, login)?;
                 return Ok(Connected { stream, round_trip });
             }
             Err(error) => last_error = Some(error),

@@ -101,7 +101,7 @@ pub enum WireError {
     Login(#[from] LoginError),
 }
 
-/// Opens a connection for pushing WAL on a stream that blocks, with a time-out set on it. Not a
+/// Opens a connection for pushing WAL on a stream that blocks, until a deadline of its own. Not a
 /// byte is read beyond the last message. Returns how long the last question took to be answered, for
 /// which the safekeeper asks no disk.
 pub fn start_wal_push(
@@ -121,6 +121,7 @@ pub fn start_wal_push(
             return Err(WireError::Unexpected(kind));
         }
     }
+    login.finish()?;
     let asked = Instant::now();
     stream.write_all(&message(b'Q', b"START_WAL_PUSH\0"))?;
     match read_message(stream)? {
@@ -448,8 +449,12 @@ mod tests {
             ),
             (vec![(b'T', &[][..])], "unexpected message of type 0x54"),
             (
-                vec![(b'Z', &b"I"[..]), (b'C', b"")],
+                vec![(b'R', b"\0\0\0\0"), (b'Z', b"I"), (b'C', b"")],
                 "unexpected message of type 0x43",
+            ),
+            (
+                vec![(b'Z', b"I"), (b'W', b"\0\0\0")],
+                "the server begins a session without having let us in",
             ),
         ] {
             let error = start_wal_push(&mut peer(&messages), "me", stranger()).expect_err(want);

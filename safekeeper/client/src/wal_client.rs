@@ -30,7 +30,6 @@ use safekeeper_wal::SegmentSize;
 use safekeeper_wire::channel::Channel;
 use safekeeper_wire::credentials::Credentials;
 use safekeeper_wire::login::{Login, LoginError, LoginStep};
-use safekeeper_wire::passfile::PassfileError;
 use safekeeper_wire::pgwire::{ErrorReport, Filled, Input, Output, Wait, closed};
 use safekeeper_wire::standby_message::encode_status;
 use safekeeper_wire::startup::{cluster_option, encode_startup};
@@ -96,8 +95,6 @@ pub enum ClientError {
     Tls(TlsError),
     #[error(transparent)]
     Login(#[from] LoginError),
-    #[error(transparent)]
-    Passfile(#[from] PassfileError),
 }
 
 impl From<ErrorReport> for ClientError {
@@ -172,7 +169,7 @@ impl WalClient {
         let socket = client.channel.socket();
         socket.set_write_timeout(Some(config.timeout))?;
         let end_point = client.channel.peer_end_point();
-        let login = config.credentials.login(host, port, end_point)?;
+        let login = config.credentials.login(host, port, end_point);
         client.shake_hands(config, login)?;
         Ok(client)
     }
@@ -200,7 +197,7 @@ impl WalClient {
                 }
                 // The key that opens nothing; "I don't know that option".
                 b'K' | b'v' => {}
-                b'Z' => return Ok(()),
+                b'Z' => return Ok(login.finish()?),
                 tag => return Err(unexpected(tag, "in the handshake")),
             }
         }

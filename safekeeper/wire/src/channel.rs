@@ -27,6 +27,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConnection, ServerConfig, ServerConnection};
@@ -174,6 +175,14 @@ impl Channel {
         self.socket.set_write_timeout(Some(left))
     }
 
+    /// For a conversation that must be over by then, however often the peer says something.
+    pub fn until(&mut self, deadline: Instant) -> Until<'_> {
+        Until {
+            channel: self,
+            deadline,
+        }
+    }
+
     /// Both have named the protocol in the handshake.
     pub fn has_named_protocol(&self) -> bool {
         let session = self.session.as_ref();
@@ -211,51 +220,46 @@ impl Channel {
         })
     }
 
-    /// Reads once; 0 is the end of the stream. Waits up to the socket's read timeout, if at all; twice as long
-    /// for a peer that says a byte now and then. Who does not wait is not kept by records that hold nothing,
-    /// however many there are.
+    /// Reads once; 0 is the end of the stream. Waits up to the socket's read timeout, if at all, also for a peer
+    /// that says a byte now and then. Who does not wait is not kept by records that hold nothing, however many
+    /// there are, nor by a peer that takes nothing.
     pub fn receive(&mut self, room: &mut [u8], wait: Wait) -> io::Result<usize> {
-        let flags = match wait {
-            Wait::Yes => RecvFlags::empty(),
-            Wait::No => RecvFlags::DONTWAIT,
-        };
         let mut received = Received {
             socket: &self.socket,
-            flags,
+            flags: match wait {
+                Wait::Yes => RecvFlags::empty(),
+                Wait::No => RecvFlags::DONTWAIT,
+            },
         };
         let Some(session) = &mut self.session else {
             return received.read(room);
         };
         let waits = self.blocks && wait == Wait::Yes;
+        let may_flush = waits || !self.blocks;
         let began = Instant::now();
         let mut n_read = 0;
         loop {
             if let Some(taken) = take_decrypted(session, room)? {
                 return Ok(taken);
             }
-            let is_over = if waits {
-                // Records come in pieces: the kernel is not asked at each of them.
-                let waited = began.elapsed();
-                waited >= TRICKLE && self.socket.read_timeout()?.is_some_and(|it| waited >= it)
-            } else {
-                n_read > RECORD_LEN_MAX
-            };
-            if is_over {
+            // Records come in pieces: the kernel is not asked for the time-out at each of them.
+            if waits && began.elapsed() >= TRICKLE {
+                received.wait_until(began, self.socket.read_timeout()?)?;
+            } else if !waits && n_read > RECORD_LEN_MAX {
                 return Err(ErrorKind::WouldBlock.into());
             }
             n_read += session.read_tls(&mut received)?;
-            if let Err(error) = session.process_new_packets() {
-                // An alert: the peer may be gone already.
-                let _ = flush(session, &self.socket);
-                return Err(io::Error::new(ErrorKind::InvalidData, error));
-            }
-            // New keys were asked for. The answer goes now or with what is sent next.
-            if session.wants_write() && (waits || !self.blocks) {
+            let processed = session.process_new_packets();
+            // New keys were asked for, or it ends by an alert. If not now, it goes with what is sent next.
+            if session.wants_write() && may_flush {
                 match flush(session, &self.socket) {
-                    Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
-                    _ => {}
+                    // The peer may be gone already.
+                    Err(_) if processed.is_err() => {}
+                    Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                    flushed => flushed?,
                 }
             }
+            processed.map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
         }
     }
 
@@ -321,10 +325,52 @@ impl Write for Channel {
     }
 }
 
+/// A [`Channel`] for as long as there is time; then `TimedOut`.
+pub struct Until<'a> {
+    channel: &'a mut Channel,
+    deadline: Instant,
+}
+
+impl Read for Until<'_> {
+    fn read(&mut self, room: &mut [u8]) -> io::Result<usize> {
+        self.channel.wait_until(self.deadline)?;
+        self.channel.read(room)
+    }
+}
+
+impl Write for Until<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.channel.wait_until(self.deadline)?;
+        self.channel.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.channel.wait_until(self.deadline)?;
+        self.channel.flush()
+    }
+}
+
 /// recv(2), not interrupted.
 struct Received<'a> {
     socket: &'a TcpStream,
     flags: RecvFlags,
+}
+
+impl Received<'_> {
+    /// Something has come, or `WouldBlock` when `patience` since `began` is over.
+    fn wait_until(&self, began: Instant, patience: Option<Duration>) -> io::Result<()> {
+        let left = patience.map(|patience| patience.saturating_sub(began.elapsed()));
+        if left.is_some_and(|left| left.is_zero()) {
+            return Err(ErrorKind::WouldBlock.into());
+        }
+        let left = left.map(Timespec::try_from).transpose();
+        let left = left.map_err(|_| io::Error::from(ErrorKind::InvalidInput))?;
+        let mut fds = [PollFd::new(self.socket, PollFlags::IN)];
+        match not_interrupted(|| Ok(poll(&mut fds, left.as_ref())?))? {
+            0 => Err(ErrorKind::WouldBlock.into()),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Read for Received<'_> {

@@ -28,14 +28,8 @@ impl Credentials {
     }
 
     /// What to answer this server when it asks who we are; `end_point` is that of its certificate.
-    pub fn login(
-        &self,
-        host: &str,
-        port: u16,
-        end_point: EndPoint,
-    ) -> Result<Login, PassfileError> {
-        let password = self.password(host, port)?;
-        Ok(Login::new(password, end_point, self.binding))
+    pub fn login(&self, host: &str, port: u16, end_point: EndPoint) -> Login {
+        Login::with(self.password(host, port), end_point, self.binding)
     }
 
     /// The one for this server, if there is any.

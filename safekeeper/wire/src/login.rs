@@ -5,6 +5,7 @@
 //!   R 11, the server's first   ──►   p  proof
 //!   R 12, the server's proof         nothing; only then is R 0 believed
 //!   R 0                              let in
+//!   Z                                a session, if there was an R 0
 //! ```
 //!
 //! Nothing else is answered: a password is sent to nobody, not even as MD5. And nothing is answered twice: who
@@ -25,6 +26,7 @@ use std::fmt;
 use std::io;
 use std::str::FromStr;
 
+use crate::passfile::PassfileError;
 use crate::scram::{ClientBinding, ClientExchange, MECHANISM, MECHANISM_PLUS};
 use crate::tls::EndPoint;
 
@@ -89,18 +91,24 @@ impl FromStr for BindingMode {
 pub enum LoginError {
     #[error("a password is asked for, and none is known")]
     NoPassword,
+    #[error("a password is asked for: {0}")]
+    Passfile(#[from] PassfileError),
     #[error("authentication by {0} is asked for; only {MECHANISM} is supported, and trust")]
     Method(&'static str),
     #[error("authentication request {0} is not supported")]
     Unknown(u32),
     #[error("invalid authentication request")]
     Malformed,
-    #[error("authentication request {0} out of turn: there is one exchange, of 10, 11 and 12")]
+    #[error(
+        "authentication request {0} out of turn: there is one exchange, of 10, 11 and 12, and then 0"
+    )]
     OutOfTurn(u32),
     #[error("the server did not prove that it knows the password: {0}")]
     NotProved(io::Error),
     #[error("the server let us in without proving that it knows the password")]
     Skipped,
+    #[error("the server begins a session without having let us in")]
+    NotLetIn,
     #[error(
         "channel_binding=require, and there is nothing to bind to: the connection is not encrypted, or the \
          server's certificate is signed in a way for which binding is not defined"
@@ -120,7 +128,8 @@ pub enum LoginError {
 /// What to answer one server.
 #[derive(Debug)]
 pub struct Login {
-    password: Option<Password>,
+    /// An error is one only if a password is asked for.
+    password: Result<Option<Password>, PassfileError>,
     end_point: EndPoint,
     binding: BindingMode,
     progress: Progress,
@@ -132,6 +141,7 @@ enum Progress {
     Asked(ClientExchange),
     /// The server has proved that it knows the password.
     Proved,
+    LetIn,
 }
 
 /// What comes next.
@@ -147,6 +157,14 @@ pub enum LoginStep {
 impl Login {
     /// `end_point` is that of the server's certificate.
     pub fn new(password: Option<Password>, end_point: EndPoint, binding: BindingMode) -> Login {
+        Login::with(Ok(password), end_point, binding)
+    }
+
+    pub(crate) fn with(
+        password: Result<Option<Password>, PassfileError>,
+        end_point: EndPoint,
+        binding: BindingMode,
+    ) -> Login {
         Login {
             password,
             end_point,
@@ -165,7 +183,10 @@ impl Login {
             (0, Progress::NotAsked) if self.binding == BindingMode::Require => {
                 Err(LoginError::NotBound)
             }
-            (0, _) => Ok(LoginStep::LetIn),
+            (0, Progress::NotAsked | Progress::Proved) => {
+                self.progress = Progress::LetIn;
+                Ok(LoginStep::LetIn)
+            }
             (3, _) => Err(LoginError::Method("cleartext password")),
             (5, _) => Err(LoginError::Method("MD5")),
             (7 | 8, _) => Err(LoginError::Method("GSSAPI")),
@@ -183,8 +204,16 @@ impl Login {
                 self.progress = Progress::Proved;
                 Ok(LoginStep::Nothing)
             }
-            (10..=12, _) => Err(LoginError::OutOfTurn(code)),
+            (0 | 10..=12, _) => Err(LoginError::OutOfTurn(code)),
             (code, _) => Err(LoginError::Unknown(code)),
+        }
+    }
+
+    /// The server says that a session begins.
+    pub fn finish(self) -> Result<(), LoginError> {
+        match self.progress {
+            Progress::LetIn => Ok(()),
+            _ => Err(LoginError::NotLetIn),
         }
     }
 
@@ -211,10 +240,11 @@ impl Login {
         if !offers(mechanism) {
             return Err(LoginError::Method("another SASL mechanism"));
         }
-        let Some(Password(password)) = &self.password else {
+        let password = std::mem::replace(&mut self.password, Ok(None));
+        let Some(Password(password)) = password? else {
             return Err(LoginError::NoPassword);
         };
-        let exchange = ClientExchange::begin(password, binding);
+        let exchange = ClientExchange::begin(&password, binding);
         let first = exchange.message();
         let mut answer = format!("{mechanism}\0").into_bytes();
         let len = u32::try_from(first.len()).map_err(|_| LoginError::Malformed)?;
@@ -265,6 +295,46 @@ mod tests {
         assert_eq!(step.expect("proved"), LoginStep::Nothing);
         let step = login.on_request(&request(0, b""));
         assert_eq!(step.expect("let in"), LoginStep::LetIn);
+        let again = login.on_request(&request(0, b""));
+        assert!(matches!(again, Err(LoginError::OutOfTurn(0))), "{again:?}");
+        login.finish().expect("a session");
+    }
+
+    /// A session that begins without more, at whatever moment, is nobody's.
+    #[test]
+    fn no_session_begins_before_we_are_let_in() {
+        let refused = |login: Login| {
+            let begun = login.finish();
+            assert!(matches!(begun, Err(LoginError::NotLetIn)), "{begun:?}");
+        };
+        refused(login(Some("secret")));
+        let mut asked = login(Some("secret"));
+        let first = answer(asked.on_request(&request(10, OFFER)));
+        refused(asked);
+        let verifier = Verifier::of_password("secret");
+        let first = &first[MECHANISM.len() + 5..];
+        let server = ServerExchange::begin(verifier, true, MECHANISM.as_bytes(), None, first);
+        let server_first = server.expect("sound").server_first().to_owned();
+        // Of another exchange, and so no use to this one.
+        let mut proving = login(Some("secret"));
+        answer(proving.on_request(&request(10, OFFER)));
+        let other = proving.on_request(&request(11, server_first.as_bytes()));
+        assert!(matches!(other, Err(LoginError::NotProved(_))), "{other:?}");
+        refused(proving);
+    }
+
+    #[test]
+    fn a_password_file_matters_when_a_password_is_asked_for() {
+        let unreadable = || PassfileError::Permissions {
+            path: "/pgpass".into(),
+            mode: 0o666,
+        };
+        let new = || Login::with(Err(unreadable()), EndPoint::Clear, BindingMode::Prefer);
+        let mut trusted = new();
+        let step = trusted.on_request(&request(0, b""));
+        assert_eq!(step.expect("let in"), LoginStep::LetIn);
+        let refused = new().on_request(&request(10, OFFER)).expect_err("asked");
+        assert!(refused.to_string().contains("/pgpass"), "{refused}");
     }
 
     /// What a client that sees this certificate makes of a server that has that one.

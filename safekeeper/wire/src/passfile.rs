@@ -6,9 +6,11 @@
 //!   10.0.0.11:5454:replication:walproposer:secret
 //! ```
 //!
-//! The database of a replication connection is `replication`. The first line that fits counts. A file that
-//! others can read is refused, where libpq warns and goes on without.
+//! The database of a replication connection is `replication`. The first line that fits counts. Where there is
+//! no file that can be looked at, or something else than a file, there is no password. A file that others can
+//! read is refused, if a password is asked for; libpq warns and goes on without.
 
+use std::fs::Metadata;
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -44,9 +46,9 @@ pub fn find_password(
         path: path.to_owned(),
         source,
     };
-    let metadata = match std::fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        metadata => metadata.map_err(failed)?,
+    // A device or a pipe could keep us for ever.
+    let Some(metadata) = std::fs::metadata(path).ok().filter(Metadata::is_file) else {
+        return Ok(None);
     };
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {

@@ -47,8 +47,9 @@ const GS2_BOUND: &str = "p=tls-server-end-point,,";
 /// As Postgres's `scram_iterations` by default.
 const ITERATIONS: u32 = 4096;
 
-/// More is not computed for a server that asks for it: it would keep us busy for seconds.
-const ITERATIONS_MAX: u32 = 1_000_000;
+/// More is not computed for a server that asks for it: it would keep us busy for long. So a verifier with more,
+/// made by `scram_iterations`, is of no use to clients of ours. (`postgres-protocol` has the same limit.)
+const ITERATIONS_MAX: u32 = 100_000;
 
 const KEY_LEN: usize = 32;
 type Key = [u8; KEY_LEN];

@@ -39,6 +39,9 @@ pub enum Opening {
     Startup(Startup),
 }
 
+/// Longest name of a user, in bytes, as of a role in Postgres.
+pub const NAME_LEN_MAX: usize = 63;
+
 /// The question whether the server would encrypt, length word included.
 pub fn ssl_request() -> [u8; 8] {
     let mut packet = [0, 0, 0, 8, 0, 0, 0, 0];
@@ -115,8 +118,8 @@ fn parse_startup(mut rest: &[u8], negotiate: bool) -> Result<Startup, ErrorRepor
         }
         let value = take_cstr(&mut rest).ok_or_else(malformed)?;
         match name {
-            "user" => startup.user = value.to_owned(),
-            "application_name" => startup.application_name = value.to_owned(),
+            "user" => startup.user = short(value),
+            "application_name" => startup.application_name = short(value),
             "options" => {
                 if let Some(cluster) = cluster_of_options(value) {
                     startup.cluster = Some(cluster);
@@ -139,6 +142,11 @@ fn parse_startup(mut rest: &[u8], negotiate: bool) -> Result<Startup, ErrorRepor
         ));
     }
     Ok(startup)
+}
+
+/// As much of a name as Postgres takes (`NAMEDATALEN`): it goes into logs before it is known whose it is.
+fn short(name: &str) -> String {
+    name[..name.floor_char_boundary(NAME_LEN_MAX)].to_owned()
 }
 
 fn take_cstr<'a>(rest: &mut &'a [u8]) -> Option<&'a str> {
@@ -194,6 +202,20 @@ mod tests {
         }
         packet.push(0);
         packet
+    }
+
+    #[test]
+    fn long_names_are_cut() {
+        let name = format!("{}\u{e4}{}", "x".repeat(62), "y".repeat(5000));
+        let packet = startup_packet(
+            PROTOCOL_3_0,
+            &[("user", &name), ("application_name", &name)],
+        );
+        let Ok(Opening::Startup(startup)) = parse_opening(&packet) else {
+            panic!("a startup packet");
+        };
+        assert_eq!(startup.user, "x".repeat(62));
+        assert_eq!(startup.application_name, startup.user);
     }
 
     #[test]

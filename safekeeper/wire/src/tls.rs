@@ -36,14 +36,21 @@ use rustls::{
     SignatureScheme,
 };
 use sha2::{Digest, Sha256, Sha384, Sha512};
+use x509_parser::asn1_rs::oid;
 use x509_parser::oid_registry::{
-    OID_PKCS1_SHA256WITHRSA, OID_PKCS1_SHA384WITHRSA, OID_PKCS1_SHA512WITHRSA,
-    OID_SIG_ECDSA_WITH_SHA256, OID_SIG_ECDSA_WITH_SHA384, OID_SIG_ECDSA_WITH_SHA512, Oid,
+    OID_HASH_SHA1, OID_NIST_HASH_SHA256, OID_NIST_HASH_SHA384, OID_NIST_HASH_SHA512,
+    OID_PKCS1_MD5WITHRSAENC, OID_PKCS1_SHA1WITHRSA, OID_PKCS1_SHA256WITHRSA,
+    OID_PKCS1_SHA384WITHRSA, OID_PKCS1_SHA512WITHRSA, OID_SIG_ECDSA_WITH_SHA256,
+    OID_SIG_ECDSA_WITH_SHA384, OID_SIG_ECDSA_WITH_SHA512, Oid,
 };
 use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::signature_algorithm::SignatureAlgorithm;
 
 /// The protocol's name in a handshake (`PG_ALPN_PROTOCOL` in `libpq/pqcomm.h`).
 pub const ALPN: &[u8] = b"postgresql";
+
+/// RFC 5758's, which the registry lacks.
+const OID_SIG_ECDSA_WITH_SHA1: Oid<'static> = oid!(1.2.840.10045.4.1);
 
 /// Permission bits that a private key may not have.
 const KEY_MODE_FORBIDDEN: u32 = 0o077;
@@ -346,18 +353,46 @@ pub enum EndPoint {
     Hash(Vec<u8>),
 }
 
-/// Hash of a certificate by the function it is signed with. `None` for signatures that have not one, or
-/// have a weak one: whoever needs the hash must do without. (RFC 5929, section 4.1)
+/// Hash of a certificate by the function it is signed with, or a better one if that is weak. `None` for signatures
+/// that have not one, such as Ed25519's. (RFC 5929, section 4.1; `be_tls_get_certificate_hash`)
 pub fn end_point(certificate: &CertificateDer<'_>) -> Option<Vec<u8>> {
     let (_, parsed) = X509Certificate::from_der(certificate).ok()?;
-    let algorithm = &parsed.signature_algorithm.algorithm;
-    let is_one_of = |oids: [&Oid<'_>; 2]| oids.contains(&algorithm);
-    if is_one_of([&OID_PKCS1_SHA256WITHRSA, &OID_SIG_ECDSA_WITH_SHA256]) {
-        Some(Sha256::digest(certificate).to_vec())
-    } else if is_one_of([&OID_PKCS1_SHA384WITHRSA, &OID_SIG_ECDSA_WITH_SHA384]) {
-        Some(Sha384::digest(certificate).to_vec())
-    } else if is_one_of([&OID_PKCS1_SHA512WITHRSA, &OID_SIG_ECDSA_WITH_SHA512]) {
-        Some(Sha512::digest(certificate).to_vec())
+    let signature = &parsed.signature_algorithm;
+    match SignatureAlgorithm::try_from(signature) {
+        Ok(SignatureAlgorithm::RSASSA_PSS(parameters)) => {
+            hash_for(parameters.hash_algorithm_oid(), certificate)
+        }
+        _ => hash_for(&signature.algorithm, certificate),
+    }
+}
+
+/// Of `bytes`, where something is signed, or hashed, by this algorithm.
+fn hash_for(algorithm: &Oid<'_>, bytes: &[u8]) -> Option<Vec<u8>> {
+    const SHA256: [Oid<'_>; 7] = [
+        OID_PKCS1_MD5WITHRSAENC,
+        OID_PKCS1_SHA1WITHRSA,
+        OID_SIG_ECDSA_WITH_SHA1,
+        OID_HASH_SHA1,
+        OID_PKCS1_SHA256WITHRSA,
+        OID_SIG_ECDSA_WITH_SHA256,
+        OID_NIST_HASH_SHA256,
+    ];
+    const SHA384: [Oid<'_>; 3] = [
+        OID_PKCS1_SHA384WITHRSA,
+        OID_SIG_ECDSA_WITH_SHA384,
+        OID_NIST_HASH_SHA384,
+    ];
+    const SHA512: [Oid<'_>; 3] = [
+        OID_PKCS1_SHA512WITHRSA,
+        OID_SIG_ECDSA_WITH_SHA512,
+        OID_NIST_HASH_SHA512,
+    ];
+    if SHA256.contains(algorithm) {
+        Some(Sha256::digest(bytes).to_vec())
+    } else if SHA384.contains(algorithm) {
+        Some(Sha384::digest(bytes).to_vec())
+    } else if SHA512.contains(algorithm) {
+        Some(Sha512::digest(bytes).to_vec())
     } else {
         None
     }
@@ -458,5 +493,30 @@ impl ServerCertVerifier for AnyName {
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
         self.0.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Made by `openssl req -x509`, with `-sha1`, `-sigopt rsa_padding_mode:pss` and so on.
+    #[test]
+    fn weak_functions_are_replaced_and_those_of_pss_are_found() {
+        for (pem, len) in [
+            (include_bytes!("tls/testdata/rsa_md5.pem").as_slice(), 32),
+            (include_bytes!("tls/testdata/rsa_sha1.pem"), 32),
+            (include_bytes!("tls/testdata/ecdsa_sha1.pem"), 32),
+            (include_bytes!("tls/testdata/pss_sha256.pem"), 32),
+            (include_bytes!("tls/testdata/pss_sha384.pem"), 48),
+        ] {
+            let certificate = CertificateDer::from_pem_slice(pem).expect("a certificate");
+            let hash = match len {
+                48 => Sha384::digest(&certificate).to_vec(),
+                _ => Sha256::digest(&certificate).to_vec(),
+            };
+            assert_eq!(end_point(&certificate), Some(hash));
+        }
+        assert_eq!(end_point(&CertificateDer::from(vec![0x30, 0])), None);
     }
 }

@@ -458,6 +458,60 @@ fn a_flood_of_nothing_keeps_nobody_who_does_not_wait() {
     }
 }
 
+/// Nor by a peer that takes nothing, and at whom there is something to be said: an alert.
+#[test]
+fn a_peer_that_takes_nothing_keeps_nobody_who_does_not_wait() {
+    let (near, mut far) = encrypted();
+    far.set_nonblocking(true).expect("set");
+    let full = loop {
+        if let Err(error) = far.write(&[0; 16_384]) {
+            break error;
+        }
+    };
+    assert_eq!(full.kind(), ErrorKind::WouldBlock);
+    far.set_nonblocking(false).expect("set");
+    let ages = Some(Duration::from_secs(3600));
+    far.socket().set_write_timeout(ages).expect("set");
+    near.socket()
+        .write_all(&[0x17, 3, 3, 0, 5, 1, 2, 3, 4, 5])
+        .expect("sent");
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let error = far.receive(&mut [0; 100], Wait::No).expect_err("no record");
+        sender.send(error.kind()).expect("heard");
+    });
+    let kind = receiver.recv_timeout(Duration::from_secs(20));
+    assert_eq!(kind, Ok(ErrorKind::InvalidData));
+}
+
+/// Whoever says a byte now and then gains no time, neither in a record nor between them.
+#[test]
+fn a_conversation_is_over_in_time() {
+    let (near, mut far) = encrypted();
+    let mut socket = near.socket().try_clone().expect("another handle");
+    let drip = std::thread::spawn(move || {
+        // A record that is long in coming.
+        let _ = socket.write_all(&[0x17, 3, 3, 0x40, 0]);
+        while socket.write_all(&[0]).is_ok() {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    let mut room = [0; 100];
+    let deadline = Instant::now() + Duration::from_millis(100);
+    let over = loop {
+        if let Err(error) = far.until(deadline).read(&mut room) {
+            match error.kind() {
+                ErrorKind::WouldBlock => {}
+                kind => break kind,
+            }
+        }
+    };
+    assert_eq!(over, ErrorKind::TimedOut);
+    drop(far);
+    drop(near);
+    drip.join().expect("no panic");
+}
+
 fn bytes_waiting(channel: &Channel) -> u64 {
     rustix::io::ioctl_fionread(channel).expect("a socket")
 }
