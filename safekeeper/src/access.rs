@@ -146,6 +146,11 @@ pub struct AccessControl {
 pub enum AccessError {
     #[error(transparent)]
     Users(#[from] UsersError),
+    /// A file that is being written looks like this, too.
+    #[error(
+        "there is no [[access]] table any more, by which everybody would be let in: if that is meant, restart"
+    )]
+    NoRules,
     #[error("could not get random bytes: {0}")]
     Random(io::Error),
     #[error("tls: {0}")]

@@ -160,7 +160,7 @@ impl Connection {
         };
         self.startup = startup;
         self.roles = authenticate(self, &access, deadline)?;
-        self.shared.let_in(self.id)?;
+        self.shared.let_in(self.id, &access, &self.roles)?;
         let (socket, patience) = (
             self.channel.socket(),
             self.shared.config.first_command_timeout,

@@ -31,6 +31,7 @@ use crate::http::HttpServer;
 use crate::identity::DataDir;
 use crate::metrics::Metrics;
 use crate::retention::Retention;
+use crate::users::Role;
 
 /// How far commit_lsn in the control file lags behind at most.
 const HOUSEKEEPING_INTERVAL: Duration = Duration::from_secs(1);
@@ -43,6 +44,9 @@ const KEEPALIVE_PROBES: u32 = 3;
 /// Connections at a time of which it is not known yet who they are. Above it a new one takes the place of
 /// another (`make_room`); above twice as many, while those end, it is refused.
 pub const STRANGERS_MAX: usize = 50;
+/// Of `max_connections`, for those who may push WAL: however many others come, a primary can.
+pub const RESERVED_FOR_PROPOSERS: usize = 5;
+
 /// For connections that were shut to be gone.
 const STRANGERS_END_WITHIN: Duration = Duration::from_secs(1);
 
@@ -104,11 +108,28 @@ impl Shared {
         access.clone()
     }
 
-    /// The peer of connection `id` has shown who it is. An error if there is no room for it.
-    pub fn let_in(&self, id: u64) -> Result<(), ConnectionError> {
+    /// The peer of connection `id` has shown who it is, by these rules. An error if there is no room for it, or
+    /// the rules are others by now.
+    pub fn let_in(
+        &self,
+        id: u64,
+        access: &Arc<AccessControl>,
+        roles: &[Role],
+    ) -> Result<(), ConnectionError> {
         let mut open = self.open();
+        if !Arc::ptr_eq(access, &self.access()) {
+            return Err(ConnectionError::Fatal(
+                ErrorReport::new("57P03", "the access rules have just been reloaded")
+                    .hint("Connect again."),
+            ));
+        }
         let n_in = open.values().filter(|connection| connection.is_in).count();
-        if n_in >= self.config.max_connections {
+        let max = self.config.max_connections;
+        let n_reserved = match roles.contains(&Role::Proposer) {
+            true => 0,
+            false => RESERVED_FOR_PROPOSERS.min(max / 2),
+        };
+        if n_in >= max - n_reserved {
             self.metrics.connections_refused.inc();
             return Err(ConnectionError::Fatal(too_many()));
         }
@@ -214,6 +235,9 @@ impl Server {
         };
         // For the sockets that are open now, not for those of the next start.
         in_effect.check(self.listen, self.http.address())?;
+        if config.access.is_empty() && !self.shared.access().rules.is_empty() {
+            return Err(AccessError::NoRules);
+        }
         let access = AccessControl::load(self.data_dir.path(), &in_effect)?;
         log::info!(
             "access control reloaded n_users={} n_rules={} tls={}",

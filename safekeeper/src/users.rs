@@ -18,20 +18,18 @@
 use std::fmt::{self, Display};
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use safekeeper_wire::scram::{SaltKey, Verifier, random};
+use safekeeper_wire::startup::NAME_LEN_MAX;
 use serde::{Deserialize, Serialize};
 
 /// In the data directory.
 pub const USERS_FILE: &str = "users.toml";
 const USERS_TMP: &str = "users.toml.tmp";
-
-/// Longest name, in bytes, as of a role in Postgres.
-const NAME_LEN_MAX: usize = 63;
 
 /// What a user may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -201,6 +199,11 @@ impl Users {
                 .create_new(true)
                 .mode(0o600)
                 .open(&tmp)?;
+            // Written by root, it must be readable for the daemon.
+            let owner = std::fs::metadata(data_dir)?;
+            if owner.uid() != file.metadata()?.uid() {
+                fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+            }
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
             std::fs::rename(&tmp, &path)?;
@@ -281,6 +284,21 @@ mod tests {
         mode(0o640).expect("our own file");
         let refused = Users::load(dir.path()).expect_err("others can read it");
         assert!(refused.to_string().contains("640"), "{refused}");
+    }
+
+    /// `sudo safekeeper user add`: the daemon runs as another user, and owns the directory.
+    #[test]
+    fn what_root_writes_belongs_to_the_owner_of_the_directory() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let owner = match rustix::process::geteuid().is_root() {
+            true => 65534,
+            false => rustix::process::geteuid().as_raw(),
+        };
+        std::os::unix::fs::chown(dir.path(), Some(owner), None).expect("our own");
+        Users::default().store(dir.path()).expect("stored");
+        let metadata = std::fs::metadata(dir.path().join(USERS_FILE)).expect("there");
+        assert_eq!(metadata.uid(), owner);
+        assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
     }
 
     #[test]

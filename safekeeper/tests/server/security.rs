@@ -251,6 +251,60 @@ fn rules_stay_as_long_as_others_can_come() {
         assert_eq!((tag, &body[..4]), (b'R', &[0, 0, 0, 10][..]));
     }
     log_in(&daemon, "standby", "secret").expect("as before");
+    // Nor does a file that is empty for a moment open what its operator has called safe for other reasons.
+    let mut trusting = Daemon::with(|config| {
+        config.trust_network = true;
+        config.access = rules(RULES).access;
+    });
+    let server = trusting.server.as_ref().expect("running");
+    let empty = Config {
+        trust_network: true,
+        ..rules("")
+    };
+    let refused = server.reload(&empty).expect_err("refused").to_string();
+    assert!(refused.contains("no [[access]] table"), "{refused}");
+    trusting.config.access.clear();
+    trusting.restart();
+    Client::opened_by(trusting.address(), "standby")
+        .until_ready()
+        .expect("trusted");
+}
+
+/// Whoever is about to be let in by rules that have just gone is not.
+#[test]
+fn a_reload_counts_for_those_who_have_not_come_in() {
+    let daemon = daemon();
+    let mut client = Client::opened_by(daemon.address(), "standby");
+    let mut exchange = ClientExchange::begin("secret", ClientBinding::Impossible);
+    let first = begin(&mut client, &exchange).expect("asked");
+    let mut users = Users::load(&daemon.data_dir()).expect("sound");
+    users.remove("standby").expect("there");
+    users.store(&daemon.data_dir()).expect("stored");
+    let server = daemon.server.as_ref().expect("running");
+    server.reload(&rules(RULES)).expect("sound");
+    exchange.on_server_first(&first).expect("the server's");
+    client.send(b'p', exchange.message());
+    let refused = client.last_words().expect("a reason");
+    assert_eq!(refused.sqlstate, "57P03");
+}
+
+/// However many come to read, a primary finds a place.
+#[test]
+fn some_places_are_for_those_who_push() {
+    let mut daemon = daemon();
+    daemon.config.max_connections = 12;
+    daemon.restart();
+    let readers: Vec<_> = (0..7)
+        .map(|_| log_in(&daemon, "standby", "secret").expect("a place"))
+        .collect();
+    let refused = log_in(&daemon, "standby", "secret").expect_err("no place");
+    assert_eq!(refused.sqlstate, "53300");
+    let pushers: Vec<_> = (0..5)
+        .map(|_| log_in(&daemon, "primary", "push").expect("a place"))
+        .collect();
+    let refused = log_in(&daemon, "primary", "push").expect_err("no place");
+    assert_eq!(refused.sqlstate, "53300");
+    drop((readers, pushers));
 }
 
 /// Those who never say who they are do not keep others out: the oldest makes room.
