@@ -199,9 +199,8 @@ impl Attached<'_> {
         change(&mut lock(&self.consumer.progress));
     }
 
-    /// The consumer has reported: what the primary hears may change.
-    pub fn report(&self, change: impl FnOnce(&mut Progress)) {
-        self.update(change);
+    /// What it has reported is noted: what the primary hears may change.
+    pub fn has_reported(&self) {
         self.consumers.gather_feedback();
     }
 
@@ -291,10 +290,18 @@ mod tests {
         let far = consumers
             .attach("far", address(), Lsn(50))
             .expect("attached");
-        receiver.report(|p| p.flush_lsn = Lsn(300));
+        let report = |consumer: &Attached<'_>, change: &dyn Fn(&mut Progress)| {
+            consumer.update(change);
+            consumer.has_reported();
+        };
+        report(&receiver, &|p| p.flush_lsn = Lsn(300));
         assert_eq!(consumers.feedback(), StandbyFeedback::default());
-        near.report(|p| (p.flush_lsn, p.apply_lsn, p.xmin) = (Lsn(300), Lsn(290), 9));
-        far.report(|p| (p.flush_lsn, p.apply_lsn, p.xmin) = (Lsn(200), Lsn(150), 7));
+        report(&near, &|p| {
+            (p.flush_lsn, p.apply_lsn, p.xmin) = (Lsn(300), Lsn(290), 9)
+        });
+        report(&far, &|p| {
+            (p.flush_lsn, p.apply_lsn, p.xmin) = (Lsn(200), Lsn(150), 7)
+        });
         assert_eq!(
             consumers.feedback(),
             StandbyFeedback {

@@ -62,6 +62,9 @@ struct State {
     is_on_disk: bool,
     /// The file does not say what is here.
     dirty: bool,
+    /// Nor does it keep what is needed here: a consumer was set back. It is saved within a second, not at once,
+    /// or a consumer could have the disk flush as often as it likes.
+    is_urgent: bool,
     saved_at: Instant,
 }
 
@@ -151,6 +154,7 @@ impl Slots {
                 unreadable,
                 is_on_disk,
                 dirty: false,
+                is_urgent: false,
                 saved_at: Instant::now(),
             }),
             released: Condvar::new(),
@@ -360,7 +364,8 @@ impl Slots {
     pub fn save_if_due(&self) {
         {
             let state = lock(&self.state);
-            if !state.dirty || state.saved_at.elapsed() < SAVE_INTERVAL {
+            let is_due = state.is_urgent || state.saved_at.elapsed() >= SAVE_INTERVAL;
+            if !state.dirty || !is_due {
                 return;
             }
         }
@@ -386,7 +391,7 @@ impl Slots {
                 return Ok(());
             }
             // What changes from here on makes it dirty again.
-            state.dirty = false;
+            (state.dirty, state.is_urgent) = (false, false);
             state.saved_at = Instant::now();
             let kept = state
                 .slots
@@ -486,34 +491,24 @@ impl Acquired<'_> {
         if !flush_lsn.is_valid() {
             return;
         }
-        let save_now = self.change(|slot| {
-            let before = slot.data.restart_lsn;
-            if slot.data.lost || before == flush_lsn {
-                return (false, false);
+        self.change(|slot| {
+            if slot.data.lost {
+                return Urgency::None;
             }
             slot.data.restart_lsn = flush_lsn;
-            (true, is_weaker(slot.saved.restart_lsn.0, flush_lsn.0))
+            urgency(slot.saved.restart_lsn.0, flush_lsn.0)
         });
-        if save_now {
-            self.slots.save_or_warn();
-        }
     }
 
     /// The standby's oldest transactions; 0 if none (`PhysicalReplicationSlotNewXmin`).
     pub fn needs_transactions(&self, xmin: u64, catalog_xmin: u64) {
-        let save_now = self.change(|slot| {
+        self.change(|slot| {
             let (data, saved) = (&mut slot.data, &slot.saved);
-            let before = (data.xmin, data.catalog_xmin);
             let moved = |old: u64, new: u64| if new == 0 { 0 } else { old.max(new) };
-            data.xmin = moved(before.0, xmin);
-            data.catalog_xmin = moved(before.1, catalog_xmin);
-            let save_now = is_weaker(saved.xmin, data.xmin)
-                || is_weaker(saved.catalog_xmin, data.catalog_xmin);
-            (before != (data.xmin, data.catalog_xmin), save_now)
+            data.xmin = moved(data.xmin, xmin);
+            data.catalog_xmin = moved(data.catalog_xmin, catalog_xmin);
+            urgency(saved.xmin, data.xmin).max(urgency(saved.catalog_xmin, data.catalog_xmin))
         });
-        if save_now {
-            self.slots.save_or_warn();
-        }
     }
 
     pub fn is_lost(&self) -> bool {
@@ -524,17 +519,27 @@ impl Acquired<'_> {
             .is_none_or(|slot| slot.data.lost)
     }
 
-    /// `change` tells whether it changed something, and whether the disk must know it now.
-    fn change(&self, change: impl FnOnce(&mut Slot) -> (bool, bool)) -> bool {
-        let mut state = lock(&self.slots.state);
-        // While it is held nobody drops it.
-        let Some(slot) = state.slots.get_mut(&self.name) else {
-            return false;
+    /// `change` tells how soon the disk must know of it.
+    fn change(&self, change: impl FnOnce(&mut Slot) -> Urgency) {
+        let urgency = {
+            let mut state = lock(&self.slots.state);
+            // While it is held nobody drops it.
+            let Some(slot) = state.slots.get_mut(&self.name) else {
+                return;
+            };
+            let positions = |data: &SlotData| (data.restart_lsn, data.xmin, data.catalog_xmin);
+            let before = positions(&slot.data);
+            let urgency = change(slot);
+            if slot.temporary_of.is_some() || positions(&slot.data) == before {
+                return;
+            }
+            state.dirty = true;
+            state.is_urgent |= urgency == Urgency::Soon;
+            urgency
         };
-        let (changed, save_now) = change(slot);
-        let is_temporary = slot.temporary_of.is_some();
-        state.dirty |= changed && !is_temporary;
-        save_now && !is_temporary
+        if urgency == Urgency::Now {
+            self.slots.save_or_warn();
+        }
     }
 }
 
@@ -550,10 +555,22 @@ impl Drop for Acquired<'_> {
     }
 }
 
-/// What is on disk would keep less than what is known now: nothing, or only what is newer. That is so when
-/// something is kept for the first time, or for a consumer that was set back.
-fn is_weaker(saved: u64, known: u64) -> bool {
-    known != 0 && (saved == 0 || known < saved)
+/// How soon the disk must know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Urgency {
+    None,
+    Soon,
+    Now,
+}
+
+/// What is on disk would keep nothing of what is known now to be needed, or only what is newer.
+fn urgency(saved: u64, known: u64) -> Urgency {
+    match (saved, known) {
+        (_, 0) => Urgency::None,
+        (0, _) => Urgency::Now,
+        _ if known < saved => Urgency::Soon,
+        _ => Urgency::None,
+    }
 }
 
 /// As `ReplicationSlotValidateName` says it.

@@ -14,8 +14,9 @@ mod slots;
 mod tls;
 
 use std::io::{Read as _, Write as _};
-use std::net::{SocketAddr, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use client::{Client, LOG_START, Proposer, SEGMENT, StreamMessage, builder, cluster, entry};
@@ -684,6 +685,55 @@ fn a_consumer_ahead_of_commit_lsn_waits() {
     proposer.commit(more.position());
     let got = standby.stream_until(middle, more.position());
     assert_eq!(got, more.bytes_from(middle));
+}
+
+/// However fast one reports and wishes for answers, it gets its WAL, and few answers for many reports.
+#[test]
+fn a_consumer_that_never_stops_reporting_is_served() {
+    let daemon = Daemon::start();
+    let wal = some_wal(10_000);
+    let mut proposer = daemon.with_log(&wal);
+    let (begin, mut more) = (wal.position(), wal.clone());
+    let mut standby = Client::connect(daemon.address(), &[]).expect("connected");
+    standby
+        .start(&format!("START_REPLICATION {begin}"))
+        .expect("streaming");
+    let mut report = [&b"d\0\0\0\x26r"[..], &[0; 33]].concat();
+    *report.last_mut().expect("a byte") = 1;
+    let reports = report.repeat(1000);
+    let is_over = AtomicBool::new(false);
+    let mut socket = standby.socket.try_clone().expect("another handle");
+    std::thread::scope(|scope| {
+        let flood = scope.spawn(|| {
+            let mut n_reports = 0;
+            while !is_over.load(Ordering::Relaxed) && socket.write_all(&reports).is_ok() {
+                n_reports += 1000;
+            }
+            n_reports
+        });
+        let mut n_answers = 0;
+        for _ in 0..20 {
+            let from = more.position();
+            more.noop(100);
+            let bytes = more.bytes_from(from).to_vec();
+            proposer.append(from, &bytes).expect("appended");
+            proposer.commit(more.position());
+            let mut got = from;
+            while got < more.position() {
+                match standby.stream_message().expect("a message") {
+                    StreamMessage::Wal { wal, .. } => got = got + wal.len() as u64,
+                    StreamMessage::Keepalive { .. } => n_answers += 1,
+                }
+            }
+        }
+        is_over.store(true, Ordering::Relaxed);
+        standby.socket.shutdown(Shutdown::Both).expect("open");
+        let n_reports = flood.join().expect("no panic");
+        assert!(
+            n_answers > 0 && n_answers < n_reports / 10,
+            "{n_answers} answers to {n_reports} reports"
+        );
+    });
 }
 
 #[test]
