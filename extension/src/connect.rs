@@ -25,7 +25,7 @@ const KEEPALIVE: Duration = Duration::from_secs(30);
 pub struct Dial {
     pub address: PeerAddress,
     pub credentials: Credentials,
-    /// For each address the host name resolves to, and for each message of the handshake.
+    /// For each address the host name resolves to, and for all that is said until WAL can be pushed.
     pub timeout: Duration,
 }
 
@@ -165,6 +165,28 @@ mod tests {
             text.starts_with("could not translate host name \"no such host.invalid\""),
             "{text}"
         );
+    }
+
+    /// Notices give nobody more time, nor do a message's bytes one by one.
+    #[test]
+    fn a_server_that_goes_on_talking_keeps_no_dial() {
+        let long = [&b"N\0\0\x10\0"[..], &[0; 4092]].concat();
+        for (said, piece) in [(b"N\0\0\0\x05\0".repeat(1000), 6000), (long, 1)] {
+            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+            let port = listener.local_addr().expect("bound").port();
+            let talker = std::thread::spawn(move || {
+                let (mut client, _) = listener.accept().expect("a client");
+                let mut pieces = said.chunks(piece).cycle();
+                while client
+                    .write_all(pieces.next().expect("without end"))
+                    .is_ok()
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            assert_eq!(failure(dial(port)), "timed out");
+            talker.join().expect("no panic");
+        }
     }
 
     #[test]

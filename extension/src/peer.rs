@@ -307,20 +307,11 @@ impl Connection {
     fn say_goodbye(&mut self, time: Duration) -> io::Result<()> {
         let deadline = Instant::now() + time;
         self.stream.set_nonblocking(false)?;
-        self.stream.wait_until(deadline)?;
-        self.outbox.drain(&mut self.stream)?;
+        self.outbox.drain(&mut self.stream.until(deadline))?;
         self.stream.end_output();
         let mut answers = [0; 4096];
-        loop {
-            let rest = deadline.saturating_duration_since(Instant::now());
-            if rest.is_zero() {
-                return Ok(());
-            }
-            self.stream.socket().set_read_timeout(Some(rest))?;
-            if self.stream.read(&mut answers)? == 0 {
-                return Ok(());
-            }
-        }
+        while self.stream.until(deadline).read(&mut answers)? > 0 {}
+        Ok(())
     }
 }
 

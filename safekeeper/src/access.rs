@@ -151,6 +151,10 @@ pub enum AccessError {
         "there is no [[access]] table any more, by which everybody would be let in: if that is meant, restart"
     )]
     NoRules,
+    #[error(
+        "there are no users any more in {USERS_FILE}, by which nobody could log in: if that is meant, restart"
+    )]
+    NoUsers,
     #[error("could not get random bytes: {0}")]
     Random(io::Error),
     #[error("tls: {0}")]

@@ -8,7 +8,7 @@
 //! | `access`            | none             | tables: who is asked for a password (access.rs)           |
 //! | `tls`               | none             | table: `cert`, `key`, `client_ca`, `client_crl`; without it nothing is encrypted |
 //! | `peers`             | see credentials.rs | table: as whom other safekeepers are asked for WAL (relay.rs) |
-//! | `max_connections`   | `100`            | connections at a time on `listen`; 5 for proposers only   |
+//! | `max_connections`   | `100`            | connections at a time on `listen`; 5, or half, only for those who may push |
 //! | `wal_keep_size`     | `1GB`            | WAL kept below commit_lsn that nobody connected needs     |
 //! | `max_wal_keep`      | `64GB`           | WAL kept below commit_lsn whoever needs it; 0 has no bound |
 //! | `min_free_space`    | `256MB`          | below it the oldest WAL goes, whoever needs it; 0: never  |

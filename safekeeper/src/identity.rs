@@ -213,7 +213,7 @@ pub fn decode(bytes: &[u8], dir: &Path) -> Result<Identity, DataDirError> {
     Ok(identity)
 }
 
-const IDENTITY_FILE: &str = "safekeeper.identity";
+pub const IDENTITY_FILE: &str = "safekeeper.identity";
 const IDENTITY_TMP: &str = "safekeeper.identity.tmp";
 const LOCK_FILE: &str = "safekeeper.lock";
 const MAGIC: &[u8; 8] = b"SKIDENT\n";

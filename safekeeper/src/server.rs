@@ -95,6 +95,8 @@ struct OpenConnection {
     host: IpAddr,
     /// It is known who it is, and it counts among `max_connections`.
     is_in: bool,
+    /// It may push WAL.
+    is_proposer: bool,
     /// It has had to make room.
     is_shut: bool,
 }
@@ -123,18 +125,17 @@ impl Shared {
                     .hint("Connect again."),
             ));
         }
-        let n_in = open.values().filter(|connection| connection.is_in).count();
+        let is_proposer = roles.contains(&Role::Proposer);
+        let inside = || open.values().filter(|connection| connection.is_in);
+        let n_others = inside().filter(|it| !it.is_proposer).count();
         let max = self.config.max_connections;
-        let n_reserved = match roles.contains(&Role::Proposer) {
-            true => 0,
-            false => RESERVED_FOR_PROPOSERS.min(max / 2),
-        };
-        if n_in >= max - n_reserved {
+        let max_others = max - RESERVED_FOR_PROPOSERS.min(max / 2);
+        if inside().count() >= max || (!is_proposer && n_others >= max_others) {
             self.metrics.connections_refused.inc();
             return Err(ConnectionError::Fatal(too_many()));
         }
         match open.get_mut(&id) {
-            Some(connection) => connection.is_in = true,
+            Some(connection) => (connection.is_in, connection.is_proposer) = (true, is_proposer),
             None => unreachable!("it is open as long as its thread runs"),
         }
         Ok(())
@@ -235,10 +236,14 @@ impl Server {
         };
         // For the sockets that are open now, not for those of the next start.
         in_effect.check(self.listen, self.http.address())?;
-        if config.access.is_empty() && !self.shared.access().rules.is_empty() {
+        let before = self.shared.access();
+        if config.access.is_empty() && !before.rules.is_empty() {
             return Err(AccessError::NoRules);
         }
         let access = AccessControl::load(self.data_dir.path(), &in_effect)?;
+        if access.users.list().is_empty() && !before.users.list().is_empty() {
+            return Err(AccessError::NoUsers);
+        }
         log::info!(
             "access control reloaded n_users={} n_rules={} tls={}",
             access.users.list().len(),
@@ -354,6 +359,7 @@ fn admit(shared: &Arc<Shared>, socket: TcpStream, peer: SocketAddr) {
             socket: for_end,
             host: host_of(peer),
             is_in: false,
+            is_proposer: false,
             is_shut: false,
         };
         open.insert(id, connection);

@@ -23,9 +23,12 @@ use std::path::{Path, PathBuf};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use rustix::process::geteuid;
 use safekeeper_wire::scram::{SaltKey, Verifier, random};
 use safekeeper_wire::startup::NAME_LEN_MAX;
 use serde::{Deserialize, Serialize};
+
+use crate::identity::IDENTITY_FILE;
 
 /// In the data directory.
 pub const USERS_FILE: &str = "users.toml";
@@ -199,10 +202,11 @@ impl Users {
                 .create_new(true)
                 .mode(0o600)
                 .open(&tmp)?;
-            // Written by root, it must be readable for the daemon.
-            let owner = std::fs::metadata(data_dir)?;
-            if owner.uid() != file.metadata()?.uid() {
-                fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+            if geteuid().is_root()
+                && let Ok(identity) = std::fs::metadata(data_dir.join(IDENTITY_FILE))
+            {
+                // Whoever reads that one reads this one.
+                fchown(&file, Some(identity.uid()), Some(identity.gid()))?;
             }
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
@@ -286,15 +290,17 @@ mod tests {
         assert!(refused.to_string().contains("640"), "{refused}");
     }
 
-    /// `sudo safekeeper user add`: the daemon runs as another user, and owns the directory.
+    /// `sudo safekeeper user add`: the daemon runs as another user. Who is not root can't and need not do that.
     #[test]
-    fn what_root_writes_belongs_to_the_owner_of_the_directory() {
+    fn what_root_writes_belongs_to_the_daemon() {
         let dir = tempfile::tempdir().expect("a directory");
-        let owner = match rustix::process::geteuid().is_root() {
+        let identity = dir.path().join(IDENTITY_FILE);
+        std::fs::write(&identity, "").expect("written");
+        let owner = match geteuid().is_root() {
             true => 65534,
-            false => rustix::process::geteuid().as_raw(),
+            false => geteuid().as_raw(),
         };
-        std::os::unix::fs::chown(dir.path(), Some(owner), None).expect("our own");
+        std::os::unix::fs::chown(&identity, Some(owner), None).expect("our own");
         Users::default().store(dir.path()).expect("stored");
         let metadata = std::fs::metadata(dir.path().join(USERS_FILE)).expect("there");
         assert_eq!(metadata.uid(), owner);

@@ -204,8 +204,13 @@ fn users_are_read_again_when_told_so() {
     std::fs::write(daemon.data_dir().join("users.toml"), "[[user").expect("written");
     server.reload(&config).expect_err("damaged");
     log_in(&daemon, "new", "one").expect("still known");
-    // Rules, too.
+    // Nor does one that is empty or gone for a moment.
+    std::fs::write(daemon.data_dir().join("users.toml"), "").expect("written");
+    server.reload(&config).expect_err("no users");
     std::fs::remove_file(daemon.data_dir().join("users.toml")).expect("there");
+    server.reload(&config).expect_err("no users");
+    log_in(&daemon, "new", "one").expect("still known");
+    // Rules, too.
     add_user(&daemon, "new", &[Role::Replication], "one");
     let banned = "[[access]]\nuser = \"new\"\nmethod = \"reject\"\n".to_owned() + RULES;
     server.reload(&rules(&banned)).expect("sound");
@@ -304,6 +309,15 @@ fn some_places_are_for_those_who_push() {
         .collect();
     let refused = log_in(&daemon, "primary", "push").expect_err("no place");
     assert_eq!(refused.sqlstate, "53300");
+    // The places are those that they have: whoever comes first.
+    drop(readers);
+    wait_for("the readers to be gone", || {
+        let metrics = daemon.http("/metrics");
+        metrics.contains("safekeeper_connections 5\n")
+    });
+    let readers: Vec<_> = (0..7)
+        .map(|_| log_in(&daemon, "standby", "secret").expect("a place"))
+        .collect();
     drop((readers, pushers));
 }
 

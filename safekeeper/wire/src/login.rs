@@ -310,17 +310,20 @@ mod tests {
         refused(login(Some("secret")));
         let mut asked = login(Some("secret"));
         let first = answer(asked.on_request(&request(10, OFFER)));
-        refused(asked);
         let verifier = Verifier::of_password("secret");
         let first = &first[MECHANISM.len() + 5..];
         let server = ServerExchange::begin(verifier, true, MECHANISM.as_bytes(), None, first);
-        let server_first = server.expect("sound").server_first().to_owned();
-        // Of another exchange, and so no use to this one.
-        let mut proving = login(Some("secret"));
-        answer(proving.on_request(&request(10, OFFER)));
-        let other = proving.on_request(&request(11, server_first.as_bytes()));
-        assert!(matches!(other, Err(LoginError::NotProved(_))), "{other:?}");
-        refused(proving);
+        let server = server.expect("sound");
+        let mut proved = asked;
+        let server_first = request(11, server.server_first().as_bytes());
+        let proof = answer(proved.on_request(&server_first));
+        let last = server.finish(&proof).expect("sound").expect("right");
+        let step = proved.on_request(&request(12, last.as_bytes()));
+        assert_eq!(step.expect("proved"), LoginStep::Nothing);
+        refused(proved);
+        let mut asked = login(Some("secret"));
+        answer(asked.on_request(&request(10, OFFER)));
+        refused(asked);
     }
 
     #[test]

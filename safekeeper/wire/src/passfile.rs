@@ -7,11 +7,10 @@
 //! ```
 //!
 //! The database of a replication connection is `replication`. The first line that fits counts. Where there is
-//! no file that can be looked at, or something else than a file, there is no password. A file that others can
-//! read is refused, if a password is asked for; libpq warns and goes on without.
+//! no file, or something else than one, there is no password. A file that can't be read, or that others can read,
+//! is refused, if a password is asked for; libpq warns, if at all, and goes on without.
 
-use std::fs::Metadata;
-use std::io;
+use std::io::{self, ErrorKind};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
@@ -46,10 +45,16 @@ pub fn find_password(
         path: path.to_owned(),
         source,
     };
-    // A device or a pipe could keep us for ever.
-    let Some(metadata) = std::fs::metadata(path).ok().filter(Metadata::is_file) else {
-        return Ok(None);
+    let metadata = match std::fs::metadata(path) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Ok(None);
+        }
+        metadata => metadata.map_err(failed)?,
     };
+    // A device or a pipe could keep us for ever.
+    if !metadata.is_file() {
+        return Ok(None);
+    }
     let mode = metadata.permissions().mode() & 0o777;
     if mode & 0o077 != 0 {
         let path = path.to_owned();
@@ -128,7 +133,9 @@ mod tests {
     fn a_file_for_all_to_read_is_refused_and_one_that_is_not_there_is_none() {
         let refused = find("*:*:*:*:a", 0o644).expect_err("others can read it");
         assert!(refused.to_string().contains("644"), "{refused}");
-        let nowhere = find_password(Path::new("/nonexistent/pgpass"), "h", 1, "u");
-        assert_eq!(nowhere.expect("no file"), None);
+        for nowhere in ["/nonexistent/pgpass", "/dev/null/.pgpass", "/dev/null", "/"] {
+            let found = find_password(Path::new(nowhere), "h", 1, "u");
+            assert_eq!(found.expect("no file"), None, "{nowhere}");
+        }
     }
 }

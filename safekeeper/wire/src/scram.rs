@@ -47,9 +47,12 @@ const GS2_BOUND: &str = "p=tls-server-end-point,,";
 /// As Postgres's `scram_iterations` by default.
 const ITERATIONS: u32 = 4096;
 
-/// More is not computed for a server that asks for it: it would keep us busy for long. So a verifier with more,
-/// made by `scram_iterations`, is of no use to clients of ours. (`postgres-protocol` has the same limit.)
-const ITERATIONS_MAX: u32 = 100_000;
+/// A verifier with more is none. Clients compute them, and find them with `scram_iterations` of Postgres.
+const ITERATIONS_MAX: u32 = 1_000_000;
+
+/// More is not computed for a server that asks for it: it would keep us busy for long, and `postgres-protocol`
+/// does not do it.
+const COMPUTED_ITERATIONS_MAX: u32 = 100_000;
 
 const KEY_LEN: usize = 32;
 type Key = [u8; KEY_LEN];
@@ -351,10 +354,12 @@ impl ClientExchange {
             .and_then(|text| text.rsplit_once(",i="))
             .and_then(|(_, iterations)| iterations.parse::<u32>().ok());
         match iterations {
-            Some(iterations) if iterations <= ITERATIONS_MAX => self.scram.update(message),
+            Some(iterations) if iterations <= COMPUTED_ITERATIONS_MAX => self.scram.update(message),
             _ => Err(io::Error::new(
                 io::ErrorKind::InvalidData,
-                format!("the server asks for more than {ITERATIONS_MAX} iterations, or for none"),
+                format!(
+                    "the server asks for more than {COMPUTED_ITERATIONS_MAX} iterations, or for none"
+                ),
             )),
         }
     }
