@@ -143,8 +143,11 @@ mod tests {
 
     fn failure(dial: Dial) -> String {
         let (waker, _receiver) = waker().expect("a socket pair");
-        let outcome = connect_in_background(dial, waker).expect("a thread").recv();
-        match outcome.expect("an outcome") {
+        let outcome = connect_in_background(dial, waker).expect("a thread");
+        match outcome
+            .recv_timeout(Duration::from_secs(60))
+            .expect("an outcome")
+        {
             Dialled::Connected(_) => panic!("connected"),
             Dialled::Failed(text) | Dialled::Panicked(text) => text,
         }

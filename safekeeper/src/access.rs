@@ -152,7 +152,7 @@ pub enum AccessError {
     )]
     NoRules,
     #[error(
-        "there are no users any more in {USERS_FILE}, by which nobody could log in: if that is meant, restart"
+        "{USERS_FILE} is empty or gone, by which nobody could log in: if that is meant, restart"
     )]
     NoUsers,
     #[error("could not get random bytes: {0}")]

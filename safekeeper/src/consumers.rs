@@ -107,8 +107,11 @@ impl Consumer {
 #[derive(Debug)]
 pub struct Consumers {
     slots: Arc<Slots>,
+    /// Never held for longer than it takes to look at: whoever commits wakes them all.
     attached: Mutex<Vec<Arc<Consumer>>>,
     feedback: Mutex<StandbyFeedback>,
+    /// What was gathered later is published later.
+    gathering: Mutex<()>,
 }
 
 impl Consumers {
@@ -117,6 +120,7 @@ impl Consumers {
             slots,
             attached: Mutex::default(),
             feedback: Mutex::default(),
+            gathering: Mutex::default(),
         };
         consumers.gather_feedback();
         consumers
@@ -172,7 +176,8 @@ impl Consumers {
     /// Somebody has reported, come or gone, a slot too: what the primary hears may change. Receivers
     /// that replay nothing report no apply position and hold nothing back by it.
     pub fn gather_feedback(&self) {
-        let attached = lock(&self.attached);
+        let _gathering = lock(&self.gathering);
+        let attached = self.list();
         let (slot_xmin, slot_catalog_xmin) = self.slots.xmins();
         let reported: Vec<Progress> = attached.iter().map(|c| c.progress()).collect();
         let least = |values: &mut dyn Iterator<Item = u64>| values.filter(|v| *v > 0).min();
@@ -195,13 +200,13 @@ pub struct Attached<'a> {
 }
 
 impl Attached<'_> {
-    pub fn update(&self, change: impl FnOnce(&mut Progress)) {
-        change(&mut lock(&self.consumer.progress));
-    }
-
-    /// What it has reported is noted: what the primary hears may change.
-    pub fn has_reported(&self) {
-        self.consumers.gather_feedback();
+    /// True if the primary may have to hear of it, by [`Consumers::gather_feedback`].
+    pub fn update(&self, change: impl FnOnce(&mut Progress)) -> bool {
+        let heard = |p: &Progress| (p.apply_lsn, p.xmin, p.catalog_xmin);
+        let mut progress = lock(&self.consumer.progress);
+        let before = heard(&progress);
+        change(&mut progress);
+        heard(&progress) != before
     }
 
     /// Announce that this thread is about to sleep. Whoever calls this looks for news once more
@@ -291,8 +296,9 @@ mod tests {
             .attach("far", address(), Lsn(50))
             .expect("attached");
         let report = |consumer: &Attached<'_>, change: &dyn Fn(&mut Progress)| {
-            consumer.update(change);
-            consumer.has_reported();
+            if consumer.update(change) {
+                consumers.gather_feedback();
+            }
         };
         report(&receiver, &|p| p.flush_lsn = Lsn(300));
         assert_eq!(consumers.feedback(), StandbyFeedback::default());

@@ -435,6 +435,14 @@ struct Sender<'a> {
     receiving: bool,
 }
 
+/// What reports that were taken together come to.
+#[derive(Default)]
+struct Report {
+    /// The primary is to hear of them.
+    is_news: bool,
+    wants_answer: bool,
+}
+
 impl Sender<'_> {
     /// Until both sides have said CopyDone.
     fn stream(&mut self, connection: &mut Connection) -> Result<(), ConnectionError> {
@@ -582,7 +590,7 @@ impl Sender<'_> {
     /// What the consumer has said, without waiting; of much only the beginning. Several wishes for an answer have
     /// one. So however fast it speaks, it costs no memory, and others little time.
     fn take_replies(&mut self, connection: &mut Connection) -> Result<(), ConnectionError> {
-        let (mut taken, mut wants_answer) = (0, false);
+        let (mut taken, mut report) = (0, Report::default());
         while self.receiving && taken < REPLIES_PER_TURN {
             let next = connection.input.next_frame(STANDBY_MESSAGE_LEN_MAX);
             let Some(frame) = next.map_err(ConnectionError::Fatal)? else {
@@ -596,17 +604,17 @@ impl Sender<'_> {
             self.last_heard = Instant::now();
             self.reply_requested = false;
             match frame.tag {
-                b'd' => wants_answer |= self.on_reply(frame.body)?,
+                b'd' => self.on_reply(frame.body, &mut report)?,
                 b'c' => self.receiving = false,
                 b'X' => return Err(closed().into()),
                 tag => return Err(ConnectionError::Fatal(invalid_tag(tag))),
             }
         }
         self.has_more_replies = self.receiving && taken == REPLIES_PER_TURN;
-        if taken > 0 {
-            self.attached.has_reported();
+        if report.is_news {
+            self.keeper.consumers.gather_feedback();
         }
-        if wants_answer && self.sending {
+        if report.wants_answer && self.sending {
             self.keepalive(connection, false);
         }
         if self.sending && !self.receiving {
@@ -616,8 +624,8 @@ impl Sender<'_> {
         Ok(())
     }
 
-    /// A standby's report. True if it wants an answer.
-    fn on_reply(&mut self, body: &[u8]) -> Result<bool, ConnectionError> {
+    /// A standby's report.
+    fn on_reply(&mut self, body: &[u8], report: &mut Report) -> Result<(), ConnectionError> {
         match decode_standby_message(body).map_err(ConnectionError::Fatal)? {
             StandbyMessage::Status {
                 write_lsn,
@@ -631,24 +639,24 @@ impl Sender<'_> {
                 if let Some(slot) = &self.slot {
                     slot.flushed(known(flush_lsn));
                 }
-                self.attached.update(|p| {
+                report.is_news |= self.attached.update(|p| {
                     p.write_lsn = known(write_lsn);
                     p.flush_lsn = known(flush_lsn);
                     p.apply_lsn = known(apply_lsn);
                 });
-                Ok(reply_requested)
+                report.wants_answer |= reply_requested;
             }
             StandbyMessage::Feedback { xmin, catalog_xmin } => {
                 if let Some(slot) = &self.slot {
-                    slot.needs_transactions(xmin, catalog_xmin);
+                    report.is_news |= slot.needs_transactions(xmin, catalog_xmin);
                 }
-                self.attached.update(|p| {
+                report.is_news |= self.attached.update(|p| {
                     p.xmin = xmin;
                     p.catalog_xmin = catalog_xmin;
                 });
-                Ok(false)
             }
         }
+        Ok(())
     }
 
     /// Ask a consumer that has been silent for half the timeout; drop it after the whole.

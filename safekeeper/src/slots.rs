@@ -23,6 +23,7 @@
 //! of it, up to the bounds. All else is served.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,9 @@ use crate::slot_file::{SLOTS_MAX, encode};
 /// commits, less often keeps WAL for longer than it is needed.
 const SAVE_INTERVAL: Duration = Duration::from_secs(10);
 
+/// A slot is saved at once when it keeps something for the first time: a position, an xmin, a catalog_xmin.
+const HURRIES_MAX: u8 = 3;
+
 /// Who waits for a slot looks this often whether its peer is still there.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -48,6 +52,9 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 pub struct Slots {
     /// None if the file can't be read, and must not be written over.
     file: Mutex<Option<ReservedFile>>,
+    /// Held by whoever waits for `file`: a mutex favours who has just released it, and whoever saves again and
+    /// again must not keep others from it.
+    door: Mutex<()>,
     state: Mutex<State>,
     /// A slot was released or dropped.
     released: Condvar,
@@ -62,8 +69,8 @@ struct State {
     is_on_disk: bool,
     /// The file does not say what is here.
     dirty: bool,
-    /// Nor does it keep what is needed here: a consumer was set back. It is saved within a second, not at once,
-    /// or a consumer could have the disk flush as often as it likes.
+    /// Nor does it keep what is needed here, of a consumer that was set back, or is new to it. It is saved within a
+    /// second: at once only the first times, or a consumer could have the disk flush as often as it likes.
     is_urgent: bool,
     saved_at: Instant,
 }
@@ -157,6 +164,7 @@ impl Slots {
                 is_urgent: false,
                 saved_at: Instant::now(),
             }),
+            door: Mutex::default(),
             released: Condvar::new(),
         }
     }
@@ -311,6 +319,7 @@ impl Slots {
         Ok(Acquired {
             slots: self,
             name: name.to_owned(),
+            n_hurried: AtomicU8::new(0),
         })
     }
 
@@ -381,15 +390,18 @@ impl Slots {
 
     /// Fails for want of space only; then what is on disk is older.
     fn save(&self) -> Result<(), StorageError> {
+        let door = lock(&self.door);
         let mut file = lock(&self.file);
+        drop(door);
         let Some(file) = file.as_mut() else {
             return Ok(());
         };
-        let (slots, is_on_disk) = {
+        let (slots, is_on_disk, was_urgent) = {
             let mut state = lock(&self.state);
             if !state.dirty {
                 return Ok(());
             }
+            let was_urgent = state.is_urgent;
             // What changes from here on makes it dirty again.
             (state.dirty, state.is_urgent) = (false, false);
             state.saved_at = Instant::now();
@@ -398,7 +410,7 @@ impl Slots {
                 .values()
                 .filter(|slot| slot.temporary_of.is_none() && !slot.is_going);
             let slots: Vec<SlotData> = kept.map(|slot| slot.data.clone()).collect();
-            (slots, state.is_on_disk)
+            (slots, state.is_on_disk, was_urgent)
         };
         let bytes = encode(&slots);
         let written = match is_on_disk {
@@ -418,6 +430,7 @@ impl Slots {
             }
             Err(error) if error.is_no_space() => {
                 state.dirty = true;
+                state.is_urgent |= was_urgent;
                 Err(error)
             }
             Err(error) => stop_on(&error),
@@ -483,6 +496,8 @@ impl SlotLimit {
 pub struct Acquired<'a> {
     slots: &'a Slots,
     name: String,
+    /// How often it was saved at once for this user.
+    n_hurried: AtomicU8,
 }
 
 impl Acquired<'_> {
@@ -500,15 +515,16 @@ impl Acquired<'_> {
         });
     }
 
-    /// The standby's oldest transactions; 0 if none (`PhysicalReplicationSlotNewXmin`).
-    pub fn needs_transactions(&self, xmin: u64, catalog_xmin: u64) {
+    /// The standby's oldest transactions; 0 if none (`PhysicalReplicationSlotNewXmin`). True if that changes
+    /// something.
+    pub fn needs_transactions(&self, xmin: u64, catalog_xmin: u64) -> bool {
         self.change(|slot| {
             let (data, saved) = (&mut slot.data, &slot.saved);
             let moved = |old: u64, new: u64| if new == 0 { 0 } else { old.max(new) };
             data.xmin = moved(data.xmin, xmin);
             data.catalog_xmin = moved(data.catalog_xmin, catalog_xmin);
             urgency(saved.xmin, data.xmin).max(urgency(saved.catalog_xmin, data.catalog_xmin))
-        });
+        })
     }
 
     pub fn is_lost(&self) -> bool {
@@ -519,27 +535,32 @@ impl Acquired<'_> {
             .is_none_or(|slot| slot.data.lost)
     }
 
-    /// `change` tells how soon the disk must know of it.
-    fn change(&self, change: impl FnOnce(&mut Slot) -> Urgency) {
+    /// `change` tells how soon the disk must know of it. True if it changed something.
+    fn change(&self, change: impl FnOnce(&mut Slot) -> Urgency) -> bool {
         let urgency = {
             let mut state = lock(&self.slots.state);
             // While it is held nobody drops it.
             let Some(slot) = state.slots.get_mut(&self.name) else {
-                return;
+                return false;
             };
             let positions = |data: &SlotData| (data.restart_lsn, data.xmin, data.catalog_xmin);
             let before = positions(&slot.data);
             let urgency = change(slot);
-            if slot.temporary_of.is_some() || positions(&slot.data) == before {
-                return;
+            if positions(&slot.data) == before {
+                return false;
+            }
+            if slot.temporary_of.is_some() {
+                return true;
             }
             state.dirty = true;
-            state.is_urgent |= urgency == Urgency::Soon;
+            state.is_urgent |= urgency >= Urgency::Soon;
             urgency
         };
-        if urgency == Urgency::Now {
+        if urgency == Urgency::Now && self.n_hurried.load(Ordering::Relaxed) < HURRIES_MAX {
+            self.n_hurried.fetch_add(1, Ordering::Relaxed);
             self.slots.save_or_warn();
         }
+        true
     }
 }
 

@@ -166,7 +166,7 @@ fn dump_and_verify_show_slots_and_what_is_wrong_with_them() {
 #[test]
 fn wal_is_kept_from_the_older_of_disk_and_memory() {
     let dir = LogDir::new();
-    let (disk, _) = FaultDisk::new(dir.temp.path());
+    let (disk, faults) = FaultDisk::new(dir.temp.path());
     let slots = Slots::open(disk.clone(), log::SYSTEM_ID);
     create(&slots, "a", 100).expect("made");
     let acquired = slots.acquire("a", &holder()).expect("free");
@@ -199,6 +199,26 @@ fn wal_is_kept_from_the_older_of_disk_and_memory() {
     acquired.flushed(Lsn(600));
     slots.save_if_due();
     assert_eq!(on_disk(disk.as_ref()), [slot("a", 400)], "not yet");
+    // Nor is one whose transactions come and go; but the slot's new ones are on disk soon, also if there is
+    // no space at first.
+    let syncs = || faults.n_dir_syncs.load(Ordering::SeqCst);
+    let come_and_go = || {
+        acquired.needs_transactions(0, 6);
+        acquired.needs_transactions(11, 0);
+    };
+    come_and_go();
+    let before = syncs();
+    (0..100).for_each(|_| come_and_go());
+    assert_eq!(syncs(), before);
+    slots.save_if_due();
+    assert_eq!(syncs(), before + 1);
+    assert_eq!(Slots::open(disk.clone(), log::SYSTEM_ID).xmins(), (11, 0));
+    acquired.flushed(Lsn(300));
+    faults.set_full(true);
+    slots.save_if_due();
+    faults.set_full(false);
+    slots.save_if_due();
+    assert_eq!(on_disk(disk.as_ref()), [slot("a", 300)]);
 }
 
 #[test]

@@ -137,5 +137,11 @@ mod tests {
             let found = find_password(Path::new(nowhere), "h", 1, "u");
             assert_eq!(found.expect("no file"), None, "{nowhere}");
         }
+        // What can't be looked at for another reason is told.
+        let dir = tempfile::tempdir().expect("a directory");
+        let circle = dir.path().join("circle");
+        std::os::unix::fs::symlink(&circle, &circle).expect("made");
+        let refused = find_password(&circle, "h", 1, "u").expect_err("a circle");
+        assert!(refused.to_string().contains("circle"), "{refused}");
     }
 }
