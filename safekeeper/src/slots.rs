@@ -12,11 +12,12 @@
 //! with every answer (consumers.rs), also while the standby is away.
 //!
 //! **On disk** (slot_file.rs) slots are written when they are made, dropped or lost, and when they keep
-//! something for the first time; how far they have come, only now and then. So what is on disk is never
-//! newer, and WAL is kept from the older of the two on: after a crash nothing is missing. It is written by consumers' threads and
-//! by housekeeping, never by one that acts for the keeper: no commit waits for it.
+//! something for the first time; within a second when a consumer was set back; how far they have come, only now
+//! and then. So, but for that second, what is on disk is never newer, and WAL is kept from the older of the two
+//! on: after a crash nothing is missing. It is written by consumers' threads and by housekeeping, never by one
+//! that acts for the keeper: no commit waits for it.
 //!
-//! Two locks, `file` before `state`; no IO under `state`, which is all that others ever wait for.
+//! Locks: `file`, behind its door, before `state`; no IO under `state`, which is all that others ever wait for.
 //!
 //! **A slot file that can't be read** is left as it is, for an administrator. Until then there are
 //! no slots, commands for slots are refused with the reason, and WAL is kept as if a slot needed all
