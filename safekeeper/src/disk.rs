@@ -101,7 +101,8 @@ pub trait Disk: Send + Sync + fmt::Debug {
     fn create_dir(&self, path: &Path) -> Result<()>;
     /// Names in a directory, sorted.
     fn list(&self, path: &Path) -> Result<Vec<String>>;
-    /// Makes the names in a directory durable.
+    /// Makes the names in a directory durable. Names have changed by then: so an error never says that there is no
+    /// space or descriptor, by which whoever asked would take it that nothing has happened.
     fn sync_dir(&self, path: &Path) -> Result<()>;
     /// Makes durable what any process has written to this file system.
     fn sync_everything(&self) -> Result<()>;
@@ -270,8 +271,10 @@ impl Disk for RealDisk {
 
     fn sync_dir(&self, path: &Path) -> Result<()> {
         let path = self.root.join(path);
-        let dir = File::open(&path).map_err(failed("open", &path))?;
-        dir.sync_all().map_err(failed("sync", &path))
+        let dir = File::open(&path).map_err(io::Error::other);
+        let dir = dir.map_err(failed("open", &path))?;
+        let synced = dir.sync_all().map_err(io::Error::other);
+        synced.map_err(failed("sync", &path))
     }
 
     fn sync_everything(&self) -> Result<()> {

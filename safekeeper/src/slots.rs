@@ -363,6 +363,7 @@ impl Slots {
         }
         let to_save = !lost.is_empty();
         state.dirty |= to_save;
+        state.is_urgent |= to_save;
         drop(state);
         if to_save && let Err(error) = self.save() {
             log::warn!("lost replication slots are not noted on disk yet ({error})");

@@ -14,6 +14,7 @@ mod power;
 mod slots;
 
 use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -708,6 +709,16 @@ fn a_file_size_limit_counts_as_a_full_disk() {
     assert!(status.success(), "{status}");
 }
 
+/// Names that were changed and could not be made durable are no reason to try again: what a file stands for is not
+/// known then.
+#[test]
+fn a_directory_that_cannot_be_opened_is_no_full_disk() {
+    let dir = LogDir::new();
+    let mut child = rerun("without_descriptors", &dir).spawn().unwrap();
+    let status = child.wait().unwrap();
+    assert!(status.success(), "{status}");
+}
+
 #[test]
 fn a_flush_is_one_sync() {
     let dir = LogDir::new();
@@ -1159,7 +1170,7 @@ fn in_a_process_of_its_own() {
     let root = std::env::var_os("SAFEKEEPER_TEST_DIR").expect("set together");
     let disk = std::sync::Arc::new(safekeeper::disk::RealDisk::new(root.as_ref()));
     let state = read_state(disk.as_ref(), log::SYSTEM_ID).unwrap();
-    let mut storage = WalStorage::open(disk, &log::cluster(), &state).unwrap();
+    let mut storage = WalStorage::open(disk.clone(), &log::cluster(), &state).unwrap();
     if !storage.oldest_lsn().is_valid() {
         storage.truncate(Tli(1), START).unwrap();
     }
@@ -1199,6 +1210,21 @@ fn in_a_process_of_its_own() {
             let refused = storage.write(Tli(1), begin, wal.bytes_from(begin));
             assert!(matches!(refused, Err(WriteError::NoSpace(_))));
             assert_eq!(storage.flush().unwrap(), flushed);
+        }
+        "without_descriptors" => {
+            let limit = rustix::process::Rlimit {
+                current: Some(64),
+                maximum: Some(64),
+            };
+            rustix::process::setrlimit(rustix::process::Resource::Nofile, limit).unwrap();
+            let opened = || std::fs::File::open("/dev/null");
+            let all: Vec<_> = std::iter::from_fn(|| opened().ok()).collect();
+            let refused = disk.create(Path::new("new")).map(drop).unwrap_err();
+            assert!(refused.is_no_space(), "{refused}");
+            let refused = disk.sync_dir(Path::new("")).unwrap_err();
+            assert!(!refused.is_no_space(), "{refused}");
+            drop(all);
+            disk.sync_dir(Path::new("")).unwrap();
         }
         role => panic!("unknown role {role}"),
     }

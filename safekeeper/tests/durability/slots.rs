@@ -214,8 +214,12 @@ fn wal_is_kept_from_the_older_of_disk_and_memory() {
     assert_eq!(syncs(), before + 1);
     assert_eq!(Slots::open(disk.clone(), log::SYSTEM_ID).xmins(), (11, 0));
     acquired.flushed(Lsn(300));
+    // The space that is reserved is gone.
+    disk.remove(&cluster_dir(log::SYSTEM_ID).join("slots.tmp"))
+        .expect("there");
     faults.set_full(true);
     slots.save_if_due();
+    assert_eq!(on_disk(disk.as_ref()), [slot("a", 600)], "no space");
     faults.set_full(false);
     slots.save_if_due();
     assert_eq!(on_disk(disk.as_ref()), [slot("a", 300)]);
