@@ -42,6 +42,8 @@ fn over_everything(with_slots: bool) {
         }
     }
     let mut receiver = Receiver::start(&cluster, "archive", with_slots);
+    // It begins with the segment that is being written, and a base backup begins another one.
+    cluster.wait_source_of("archive");
     let heir = cluster.start_standby("heir");
     if with_slots {
         heir.configure("primary_slot_name = 'heir'");
