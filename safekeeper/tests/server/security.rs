@@ -6,6 +6,7 @@ use std::net::{SocketAddr, TcpStream};
 use safekeeper::config::Config;
 use safekeeper::users::{Role, User, Users};
 use safekeeper_wire::scram::{ClientBinding, ClientExchange, Verifier};
+use safekeeper_wire::startup::ssl_request;
 
 use super::client::{Client, PgError, Proposer, cluster};
 use super::{Daemon, some_wal, wait_for};
@@ -72,11 +73,17 @@ fn answer(client: &mut Client, code: u32) -> Result<Vec<u8>, PgError> {
     }
 }
 
-fn log_in(daemon: &Daemon, user: &str, password: &str) -> Result<Client, PgError> {
+/// A client that has been asked for its proof, and has it.
+fn asked(daemon: &Daemon, user: &str, password: &str) -> Result<(Client, ClientExchange), PgError> {
     let mut client = Client::opened_by(daemon.address(), user);
     let mut exchange = ClientExchange::begin(password, ClientBinding::Impossible);
     let first = begin(&mut client, &exchange)?;
     exchange.on_server_first(&first).expect("the server's");
+    Ok((client, exchange))
+}
+
+fn log_in(daemon: &Daemon, user: &str, password: &str) -> Result<Client, PgError> {
+    let (mut client, mut exchange) = asked(daemon, user, password)?;
     client.send(b'p', exchange.message());
     let last = answer(&mut client, 12)?;
     exchange
@@ -279,15 +286,12 @@ fn rules_stay_as_long_as_others_can_come() {
 #[test]
 fn a_reload_counts_for_those_who_have_not_come_in() {
     let daemon = daemon();
-    let mut client = Client::opened_by(daemon.address(), "standby");
-    let mut exchange = ClientExchange::begin("secret", ClientBinding::Impossible);
-    let first = begin(&mut client, &exchange).expect("asked");
+    let (mut client, exchange) = asked(&daemon, "standby", "secret").expect("asked");
     let mut users = Users::load(&daemon.data_dir()).expect("sound");
     users.remove("standby").expect("there");
     users.store(&daemon.data_dir()).expect("stored");
     let server = daemon.server.as_ref().expect("running");
     server.reload(&rules(RULES)).expect("sound");
-    exchange.on_server_first(&first).expect("the server's");
     client.send(b'p', exchange.message());
     let refused = client.last_words().expect("a reason");
     assert_eq!(refused.sqlstate, "57P03");
@@ -311,10 +315,7 @@ fn some_places_are_for_those_who_push() {
     assert_eq!(refused.sqlstate, "53300");
     // The places are those that they have: whoever comes first.
     drop(readers);
-    wait_for("the readers to be gone", || {
-        let metrics = daemon.http("/metrics");
-        metrics.contains("safekeeper_connections 5\n")
-    });
+    daemon.wait_for_connections(5);
     let readers: Vec<_> = (0..7)
         .map(|_| log_in(&daemon, "standby", "secret").expect("a place"))
         .collect();
@@ -351,9 +352,7 @@ fn strangers_do_not_keep_others_out() {
 #[test]
 fn a_flood_from_one_host_leaves_the_others_time() {
     let daemon = daemon();
-    let mut client = Client::opened_by(daemon.address(), "standby");
-    let mut exchange = ClientExchange::begin("secret", ClientBinding::Impossible);
-    let first = begin(&mut client, &exchange).expect("asked");
+    let (mut client, exchange) = asked(&daemon, "standby", "secret").expect("asked");
     let flood: Vec<_> = (0..300)
         .map(|_| {
             let socket = connect_from([127, 0, 0, 2], daemon.address());
@@ -369,7 +368,6 @@ fn a_flood_from_one_host_leaves_the_others_time() {
     wait_for("most of the flood to be shut", || {
         flood.iter().filter(|socket| is_shut(socket)).count() >= 250
     });
-    exchange.on_server_first(&first).expect("the server's");
     client.send(b'p', exchange.message());
     answer(&mut client, 12).expect("still there");
     client.until_ready().expect("let in");
@@ -388,12 +386,11 @@ fn connect_from(host: [u8; 4], to: SocketAddr) -> TcpStream {
 #[test]
 fn encryption_is_asked_for_once() {
     let daemon = daemon();
-    const TLS: [u8; 8] = [0, 0, 0, 8, 4, 0xD2, 0x16, 0x2F];
     const GSSAPI: [u8; 8] = [0, 0, 0, 8, 4, 0xD2, 0x16, 0x30];
     for (questions, n_answers) in [
-        (&[TLS, GSSAPI, TLS][..], 2),
+        (&[ssl_request(), GSSAPI, ssl_request()][..], 2),
         (&[GSSAPI, GSSAPI], 1),
-        (&[TLS, TLS], 1),
+        (&[ssl_request(), ssl_request()], 1),
     ] {
         let mut client = Client::raw(daemon.address());
         client

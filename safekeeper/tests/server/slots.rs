@@ -214,10 +214,7 @@ fn a_slot_serves_one_connection_and_can_be_waited_for() {
     let mut impatient = client(&daemon);
     impatient.send(b'Q', b"DROP_REPLICATION_SLOT s WAIT\0");
     drop(impatient);
-    wait_for("it to be gone", || {
-        let metrics = daemon.http("/metrics");
-        metrics.contains("safekeeper_connections 3\n")
-    });
+    daemon.wait_for_connections(3);
     other.send(b'Q', b"DROP_REPLICATION_SLOT s WAIT\0");
     user.send(b'c', b"");
     user.until_ready().expect("the stream has ended");

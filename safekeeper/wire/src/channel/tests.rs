@@ -86,13 +86,18 @@ fn shake_hands(
 }
 
 fn encrypted() -> (Channel, Channel) {
+    let (_, near, far) = encrypted_by(&Authority::new("authority"));
+    (near, far)
+}
+
+/// With the server's files, of a certificate that this authority has signed.
+fn encrypted_by(authority: &Authority) -> (ServerTls, Channel, Channel) {
     let dir = tempfile::tempdir().expect("a directory");
-    let authority = Authority::new("authority");
     let server = server(&authority.issue(dir.path(), "server", GOOD), None);
     let root = authority.store(dir.path(), "root");
     let tls = client(SslMode::VerifyFull, Some(&root));
     let (near, far) = shake_hands(&tls, "localhost", Some(&server));
-    (near.expect("connected"), far.expect("accepted"))
+    (server, near.expect("connected"), far.expect("accepted"))
 }
 
 /// What libpq's modes promise, against good servers and bad ones.
@@ -172,14 +177,8 @@ fn each_mode_keeps_its_promise() {
 
 #[test]
 fn a_certificate_without_a_hash_is_not_taken_for_none() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let authority = Authority::without_hash("authority");
-    let server = server(&authority.issue(dir.path(), "server", GOOD), None);
-    let root = authority.store(dir.path(), "root");
-    let tls = client(SslMode::VerifyFull, Some(&root));
-    let (near, far) = shake_hands(&tls, "localhost", Some(&server));
-    far.expect("accepted");
-    assert_eq!(near.expect("connected").peer_end_point(), EndPoint::NoHash);
+    let (server, near, _far) = encrypted_by(&Authority::without_hash("authority"));
+    assert_eq!(near.peer_end_point(), EndPoint::NoHash);
     assert_eq!(server.end_point, None);
 }
 
