@@ -16,9 +16,8 @@
 //!
 //! Calls block, each for as long as its time-out at most (`connect` three times that: for each address, for TLS,
 //! for the login), whatever the peer does: what it sends without need (notices, settings) does not give it more
-//! time. Every length and number is checked
-//! where it enters; WAL that does not go on where the last message ended is an error. After an
-//! error of the connection nothing more can be asked.
+//! time. Every length and number is checked where it enters; WAL that does not go on where the last message
+//! ended is an error. After an error of the connection nothing more can be asked.
 //!
 //! Not here: whether the WAL is sound; what is done with it.
 
