@@ -131,6 +131,8 @@ std::thread_local! {
     static AWAITS_QUORUM: Cell<bool> = const { Cell::new(false) };
     /// It is a session's, and had no number when it began to commit.
     static LACKED_NUMBER: Cell<bool> = const { Cell::new(false) };
+    /// How often the worker has been told that its commit record follows.
+    static ANNOUNCED: Cell<u64> = const { Cell::new(0) };
 }
 
 #[pg_guard]
@@ -147,7 +149,7 @@ unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *
                 // SAFETY: a variable of this process, the end of the commit record just written.
                 hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastCommitEnd }));
             }
-            signals::release();
+            end_wait();
         }
         XactEvent::XACT_EVENT_PREPARE => {
             if AWAITS_QUORUM.replace(false) {
@@ -156,14 +158,25 @@ unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *
                 // SAFETY: a variable of this process, the beginning of the last record.
                 hold_acknowledgement(Lsn(unsafe { pg_sys::ProcLastRecPtr } + 1));
             }
-            signals::release();
+            end_wait();
         }
         XactEvent::XACT_EVENT_ABORT => {
             AWAITS_QUORUM.set(false);
             LACKED_NUMBER.set(false);
-            signals::release();
+            end_wait();
         }
         _ => {}
+    }
+}
+
+/// The transaction is over: what was put off comes, and the worker expects the session's next one.
+fn end_wait() {
+    signals::release();
+    let announced = ANNOUNCED.replace(0);
+    if announced > 0
+        && let Some(hints) = shmem::commit_hints()
+    {
+        hints.end(announced);
     }
 }
 
@@ -218,8 +231,9 @@ fn before_wait(is_commit: bool) -> bool {
     if is_commit
         && settings::read_wal_buffers()
         && let Some(hints) = shmem::commit_hints()
+        && hints.give()
     {
-        hints.give();
+        ANNOUNCED.set(ANNOUNCED.get() + 1);
     }
     true
 }

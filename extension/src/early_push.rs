@@ -15,9 +15,13 @@
 //! enough; should the disk be slow, it looks again after a millisecond, then two, four and so on.
 //!
 //! Commits that come while the members flush would have to wait for that anyway: they gather, and go
-//! out together when the quorum has answered. Not where the way is long compared to a flush: there they
-//! gather at the members, while these flush. What is flushed here meanwhile waits no longer than the last
-//! answer took.
+//! out together when the quorum has answered; so does what is flushed here meanwhile, which waits no
+//! longer than the last answer took. Not where the way is long compared to a flush: there they
+//! gather at the members, while these flush.
+//!
+//! Where many sessions for each processor are committing, it is processors that commits wait for, and
+//! each message takes some of their time here and of each member's. Then those gather, too, whom an
+//! answer has released and who come back at once: for a millisecond at most.
 //!
 //! WAL that is not waited for flows too: when much of it has gathered, it is pushed as it is found,
 //! and looked for every few milliseconds while it flows. When nothing is written, nobody looks.
@@ -34,10 +38,14 @@ use crate::postgres;
 #[repr(C)]
 pub struct CommitHints {
     count: AtomicU64,
+    /// Of these, those whose transaction is over.
+    ended: AtomicU64,
     /// The highest that was given.
     lsn: AtomicU64,
-    /// The worker's, while it wants to be woken.
+    /// The worker's, while it wants to be woken,
     latch: AtomicPtr<pg_sys::Latch>,
+    /// from this count on.
+    wake_at: AtomicU64,
     /// There is a worker that will look.
     is_heard: AtomicBool,
 }
@@ -49,28 +57,38 @@ pub struct Hint {
     pub count: u64,
     /// A commit record follows behind this position.
     pub lsn: Lsn,
+    /// Sessions between their hint and the end of their transaction.
+    pub committing: u64,
 }
 
 impl CommitHints {
-    /// A commit record is about to be inserted. By the backend that does it.
-    pub fn give(&self) {
+    /// A commit record is about to be inserted. By the backend that does it; if this is heard, it also
+    /// says when its transaction is over.
+    pub fn give(&self) -> bool {
         if !self.is_heard.load(Ordering::Relaxed) {
-            return;
+            return false;
         }
         self.lsn
             .fetch_max(postgres::insert_lsn().0, Ordering::Relaxed);
         // Either the worker sees this when it looks next, or we see that it wants to be woken.
-        self.count.fetch_add(1, Ordering::SeqCst);
+        let count = self.count.fetch_add(1, Ordering::SeqCst) + 1;
         let latch = self.latch.load(Ordering::SeqCst);
-        if !latch.is_null() {
+        if !latch.is_null() && count >= self.wake_at.load(Ordering::SeqCst) {
             // SAFETY: a latch in the array of the server's processes, which is never freed. If it is
             // another process's by now, that one wakes up once for nothing.
             unsafe { pg_sys::SetLatch(latch) };
         }
+        true
     }
 
-    /// From here on hints wake this process, the worker.
-    pub fn listen(&self) {
+    /// A transaction is over for which so many were given.
+    pub fn end(&self, count: u64) {
+        self.ended.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// From here on hints wake this process, the worker, if there have been so many.
+    pub fn listen_from(&self, count: u64) {
+        self.wake_at.store(count, Ordering::SeqCst);
         // SAFETY: our own latch; where it is does not change.
         self.latch
             .store(unsafe { pg_sys::MyLatch }, Ordering::SeqCst);
@@ -89,9 +107,15 @@ impl CommitHints {
     }
 
     pub fn latest(&self) -> Hint {
+        let ended = self.ended.load(Ordering::Relaxed);
         let count = self.count.load(Ordering::SeqCst);
         let lsn = Lsn(self.lsn.load(Ordering::Relaxed));
-        Hint { count, lsn }
+        let committing = count.saturating_sub(ended);
+        Hint {
+            count,
+            lsn,
+            committing,
+        }
     }
 }
 
@@ -103,8 +127,30 @@ pub struct EarlyPush {
     /// WAL flows: look for it until then.
     flows_until: Duration,
     last: Option<Pushed>,
+    /// Hints there had been at the last push, and at the one before.
+    pushed_hints: (u64, u64),
     answers: AnswerTimes,
+    gathering: Option<Gathering>,
     missed: Option<Missed>,
+    /// So many sessions committing at once are many.
+    crowd: u64,
+}
+
+/// Commits are waited for that may come soon.
+#[derive(Clone, Copy)]
+struct Gathering {
+    until: Duration,
+    /// No longer when there have been so many hints.
+    hints: u64,
+}
+
+/// Nothing need be sent before something happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// It lasts so long at most.
+    pub time: Duration,
+    /// It ends when there have been so many hints; `u64::MAX`: an answer ends it.
+    pub hints: u64,
 }
 
 /// A record that was announced, and has not been pushed: it did not come in time, or nobody could take it.
@@ -155,15 +201,26 @@ const PAUSE_MAX: Duration = Duration::from_millis(512);
 /// When nothing has come for so long, it has ceased to flow.
 const FLOWS_FOR: Duration = Duration::from_millis(20);
 
+/// Those whom an answer has released are waited for so long at most: the least that a wait can last.
+const GATHERING_MAX: Duration = Duration::from_millis(1);
+/// This many sessions committing at once for each processor are a crowd. By Little's law: with a
+/// flush of half a millisecond they are some thousands of commits a second, and a processor has done
+/// little else.
+const CROWD_PER_PROCESSOR: u64 = 4;
+
 impl EarlyPush {
-    pub fn new(hint: Hint) -> EarlyPush {
+    /// On a machine with so many processors.
+    pub fn new(hint: Hint, processors: usize) -> EarlyPush {
         EarlyPush {
             seen: hint.count,
             patience: Patience::new(),
             flows_until: Duration::ZERO,
             last: None,
+            pushed_hints: (hint.count, hint.count),
             answers: AnswerTimes::default(),
+            gathering: None,
             missed: None,
+            crowd: processors as u64 * CROWD_PER_PROCESSOR,
         }
     }
 
@@ -176,7 +233,7 @@ impl EarlyPush {
             return true;
         }
         let hints = it.hint.count - self.seen;
-        if self.members_are_busy_for(&it).is_some() {
+        if self.pause(&it).is_some() {
             return false;
         }
         if hints == 0 {
@@ -219,6 +276,8 @@ impl EarlyPush {
     /// What was due has been sent, up to `sent_lsn`, to those who could take it.
     pub fn pushed(&mut self, it: &Situation, sent_lsn: Lsn) {
         if sent_lsn > it.sent_lsn {
+            self.pushed_hints = (it.hint.count, self.pushed_hints.0);
+            self.gathering = None;
             self.last = Some(Pushed {
                 end_lsn: sent_lsn,
                 at: it.now,
@@ -229,9 +288,22 @@ impl EarlyPush {
         }
     }
 
+    /// What has come since the last push is not to be sent yet, unless it is much: the members flush, or
+    /// more is coming.
+    pub fn pause(&self, it: &Situation) -> Option<Pause> {
+        if let Some(time) = self.members_are_busy_for(it) {
+            let hints = u64::MAX;
+            return Some(Pause { time, hints });
+        }
+        let Gathering { until, hints } = self.gathering?;
+        let time = until.checked_sub(it.now)?;
+        let is_over = time.is_zero() || it.hint.count >= hints;
+        (!is_over).then_some(Pause { time, hints })
+    }
+
     /// An answer of the quorum is due, which will wake the worker, and until which there is nothing
     /// to be done; for so long at most.
-    pub fn members_are_busy_for(&self, it: &Situation) -> Option<Duration> {
+    fn members_are_busy_for(&self, it: &Situation) -> Option<Duration> {
         let last = self.last.as_ref()?;
         let left = (last.at + self.answers.last).checked_sub(it.now)?;
         let is_answered = it.commit_lsn >= last.end_lsn || left.is_zero();
@@ -243,9 +315,18 @@ impl EarlyPush {
         it.hint.count != self.seen
     }
 
-    /// The quorum has answered, so long after it was sent something.
-    pub fn answered(&mut self, time: Duration, now: Duration) {
-        self.answers.add(time, now);
+    /// The quorum has answered, so long after it was sent something; how things stand now.
+    pub fn answered(&mut self, time: Duration, it: &Situation) {
+        self.answers.add(time, it.now);
+        let last = self.last.as_ref();
+        let is_last = last.is_some_and(|last| it.commit_lsn >= last.end_lsn);
+        if is_last && it.hint.committing >= self.crowd && !self.answers.are_far(it.round_trip) {
+            let released = self.pushed_hints.0 - self.pushed_hints.1;
+            self.gathering = Some(Gathering {
+                until: it.now + GATHERING_MAX,
+                hints: it.hint.count + released,
+            });
+        }
     }
 
     /// When to look again though nobody calls; `None` if that need not be.
@@ -336,6 +417,7 @@ mod tests {
     const NOTHING: Hint = Hint {
         count: 7,
         lsn: Lsn(1000),
+        committing: 0,
     };
 
     fn at(us: u64) -> Duration {
@@ -354,7 +436,7 @@ mod tests {
 
     #[test]
     fn wal_that_nobody_waits_for_is_pushed_when_much_has_gathered() {
-        let mut early = EarlyPush::new(NOTHING);
+        let mut early = EarlyPush::new(NOTHING, 2);
         assert!(!early.is_due(situation(NOTHING, at(0)), || Lsn(1000 + BULK - 1)));
         assert_eq!(early.next_look_ms(at(0)), None);
         assert!(early.is_due(situation(NOTHING, at(5)), || Lsn(1000 + BULK)));
@@ -364,10 +446,11 @@ mod tests {
 
     #[test]
     fn a_hint_counts_once_and_when_its_record_has_come() {
-        let mut early = EarlyPush::new(NOTHING);
+        let mut early = EarlyPush::new(NOTHING, 2);
         let one = Hint {
             count: 8,
             lsn: Lsn(2000),
+            committing: 1,
         };
         assert!(early.is_due(situation(one, at(0)), || Lsn(2001)));
         assert!(!early.is_due(situation(one, at(1)), || Lsn(2001)));
@@ -407,29 +490,31 @@ mod tests {
 
     #[test]
     fn what_nobody_could_take_is_looked_for_again() {
-        let mut early = EarlyPush::new(NOTHING);
-        early.answered(at(300), at(0));
+        let mut early = EarlyPush::new(NOTHING, 2);
+        early.answered(at(300), &situation(NOTHING, at(0)));
         let one = Hint {
             count: 8,
             lsn: Lsn(2000),
+            committing: 1,
         };
         let come = || Lsn(2001);
         let it = situation(one, at(1000));
         assert!(early.is_due(it, come));
         early.pushed(&it, it.sent_lsn);
-        assert_eq!(early.members_are_busy_for(&it), None);
+        assert_eq!(early.pause(&it), None);
         assert_eq!(early.next_look_ms(it.now), Some(1));
         assert!(early.is_due(situation(one, at(1100)), come));
     }
 
     #[test]
     fn while_the_members_flush_commits_gather() {
-        let mut early = EarlyPush::new(NOTHING);
-        early.answered(at(300), at(900));
+        let mut early = EarlyPush::new(NOTHING, 2);
+        early.answered(at(300), &situation(NOTHING, at(900)));
         early.pushed(&situation(NOTHING, at(1000)), Lsn(1100));
         let one = Hint {
             count: 8,
             lsn: Lsn(2000),
+            committing: 1,
         };
         let come = || Lsn(2001);
         assert!(!early.is_due(situation(one, at(1299)), come));

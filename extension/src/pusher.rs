@@ -29,6 +29,7 @@ mod promotion;
 mod sending;
 mod standing;
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -208,7 +209,7 @@ impl Pusher {
             proposer,
             members: members(settings),
             local_wal: WalReader::new(buffers, files),
-            early_push: EarlyPush::new(shmem::latest_hint()),
+            early_push: EarlyPush::new(shmem::latest_hint(), processors()),
             comparison: None,
             actions,
             spare_actions: Vec::new(),
@@ -341,6 +342,11 @@ struct Found {
     standing: Standing,
     tli: u32,
     end_lsn: Lsn,
+}
+
+/// That this process may use.
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
 fn members(settings: &Settings) -> Vec<Member> {

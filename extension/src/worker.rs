@@ -22,6 +22,7 @@
 use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
 use std::ffi::{CStr, c_char, c_int};
 
+use crate::early_push::ceil_ms;
 use crate::pusher::Pusher;
 use crate::settings;
 use crate::shmem::{self, Status};
@@ -93,7 +94,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
     loop {
         // Before looking at anything: what happens from here on wakes us.
         reset_latch();
-        hints.inspect(|hints| hints.listen());
+        hints.inspect(|hints| hints.listen_from(0));
         let flushed_lsn = postgres::flushed_lsn();
         check_for_interrupts!();
         if postgres::reload_if_asked() {
@@ -116,10 +117,13 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
             line.idle_ms(wants_last_sender)
         };
         let timeout_ms = pusher.idle_ms().min(limit);
-        let timeout_ms = if let Some(answer_ms) = pusher.awaits_answer_ms() {
+        let timeout_ms = if let Some(pause) = pusher.pause() {
             wal_sender_slot::sleep_through_flushes();
-            hints.inspect(|hints| hints.be_quiet());
-            timeout_ms.min(answer_ms)
+            hints.inspect(|hints| hints.listen_from(pause.hints));
+            match shmem::latest_hint().count < pause.hints {
+                true => timeout_ms.min(ceil_ms(pause.time)),
+                false => 0,
+            }
         } else if wal_sender_slot::wake_on_flush(flushed_lsn) && !pusher.has_hint() {
             timeout_ms
         } else {

@@ -106,7 +106,8 @@ impl Pusher {
         let now = self.started.elapsed();
         self.lag.acknowledged(commit_lsn, now);
         if let Some(time) = self.lag.last() {
-            self.early_push.answered(time, now);
+            let situation = self.situation(self.positions.sent_lsn);
+            self.early_push.answered(time, &situation);
         }
         self.wal_moved = true;
         // Backends look here when their wait ends: so this comes first.

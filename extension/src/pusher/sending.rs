@@ -2,7 +2,8 @@
 //! `pg_wal`; heartbeats; news of commits.
 //!
 //! WAL goes out before it is flushed here, as soon as it is worth a message (`early_push.rs`): the
-//! members flush it at the same time as this server does. What is flushed goes out in any case.
+//! members flush it at the same time as this server does. What is flushed here goes out at once, unless
+//! it would only wait at the members.
 //!
 //! News of a commit travels with the next WAL. Where none follows, it goes by itself after a moment; at
 //! once if somebody waits already for standbys to replay.
@@ -12,7 +13,7 @@ use std::time::Duration;
 use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
 
 use super::{Member, Pusher, millis, thread_panicked};
-use crate::early_push::{Situation, ceil_ms};
+use crate::early_push::{Pause, Situation};
 use crate::feed::FeedPanicked;
 use crate::local_wal::Origins;
 use crate::{postgres, settings, shmem};
@@ -57,15 +58,19 @@ impl Pusher {
         }
         let flush_lsn = postgres::flushed_lsn();
         self.local_wal.prefers_files = !settings::read_wal_buffers();
-        let mut end_lsn = flush_lsn.max(self.positions.sent_lsn);
-        let situation = self.situation(end_lsn);
+        let sent_lsn = self.positions.sent_lsn;
+        let mut end_lsn = flush_lsn.max(sent_lsn);
+        let situation = self.situation(sent_lsn);
         let mut early = None;
         if self.pushes_early()
             && let Some(buffers) = &self.local_wal.buffers
-            && self.early_push.is_due(situation, || buffers.reserved_lsn())
         {
-            end_lsn = end_lsn.max(buffers.inserted_lsn());
-            early = Some(situation);
+            if self.early_push.is_due(situation, || buffers.reserved_lsn()) {
+                end_lsn = end_lsn.max(buffers.inserted_lsn());
+                early = Some(situation);
+            } else if self.early_push.pause(&situation).is_some() {
+                end_lsn = sent_lsn;
+            }
         }
         (LocalWal { end_lsn, flush_lsn }, early)
     }
@@ -78,7 +83,7 @@ impl Pusher {
             && self.proposer.is_leading()
     }
 
-    fn situation(&self, sent_lsn: Lsn) -> Situation {
+    pub(super) fn situation(&self, sent_lsn: Lsn) -> Situation {
         Situation {
             now: self.started.elapsed(),
             hint: shmem::latest_hint(),
@@ -106,12 +111,10 @@ impl Pusher {
         lack_it.map(|(at, _)| self.news_due_ms(at)).min()
     }
 
-    /// Nothing is to be done before the members answer, which will wake us; for so long at most.
-    pub fn awaits_answer_ms(&self) -> Option<u64> {
+    /// Nothing is to be sent before the members answer, which will wake us, or more commits come.
+    pub fn pause(&self) -> Option<Pause> {
         let situation = self.situation(self.positions.sent_lsn);
-        self.early_push
-            .members_are_busy_for(&situation)
-            .map(ceil_ms)
+        self.early_push.pause(&situation)
     }
 
     /// A commit was announced while something else was done.
