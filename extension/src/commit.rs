@@ -29,12 +29,14 @@ mod signals;
 use std::cell::Cell;
 use std::ffi::{c_char, c_void};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
 
 use pgrx::pg_sys::{BackendType, SyncCommitLevel, TransactionStmtKind, XactEvent};
 use pgrx::{PgSqlErrorCode, check_for_interrupts, pg_guard, pg_sys};
 use safekeeper_protocol::Lsn;
 
 pub use self::signals::END_WAIT;
+use crate::early_push::SOON;
 use crate::{postgres, read_only, settings, shmem};
 
 /// From `_PG_init` in the postmaster; children inherit it.
@@ -133,6 +135,8 @@ std::thread_local! {
     static LACKED_NUMBER: Cell<bool> = const { Cell::new(false) };
     /// How often the worker has been told that its commit record follows.
     static ANNOUNCED: Cell<u64> = const { Cell::new(0) };
+    /// When the last one that was announced was over.
+    static ENDED_AT: Cell<Option<Instant>> = const { Cell::new(None) };
 }
 
 #[pg_guard]
@@ -169,15 +173,16 @@ unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *
     }
 }
 
-/// The transaction is over: what was put off comes, and the worker expects the session's next one.
+/// The transaction is over: the worker learns that it is, and what was put off comes.
 fn end_wait() {
-    signals::release();
     let announced = ANNOUNCED.replace(0);
     if announced > 0
         && let Some(hints) = shmem::commit_hints()
     {
         hints.end(announced);
+        ENDED_AT.set(Some(Instant::now()));
     }
+    signals::release();
 }
 
 /// One that is prepared gets its number, and writes, when this is over, whatever it has done.
@@ -231,7 +236,7 @@ fn before_wait(is_commit: bool) -> bool {
     if is_commit
         && settings::read_wal_buffers()
         && let Some(hints) = shmem::commit_hints()
-        && hints.give()
+        && hints.give(ENDED_AT.get().is_some_and(|at| at.elapsed() < SOON))
     {
         ANNOUNCED.set(ANNOUNCED.get() + 1);
     }

@@ -19,9 +19,11 @@
 //! longer than the last answer took. Not where the way is long compared to a flush: there they
 //! gather at the members, while these flush.
 //!
-//! Where many sessions for each processor are committing, it is processors that commits wait for, and
-//! each message takes some of their time here and of each member's. Then those gather, too, whom an
-//! answer has released and who come back at once: for a millisecond at most.
+//! Sessions that one answer has released, and that do nothing but commit, come back at about the same
+//! time. The first of them, pushed at once, would make the others wait for a flush of its own; and each
+//! message takes time of the processors here and of each member's. So where sessions mostly come
+//! back soon, and two for each processor are committing, they gather until as many have come as were
+//! released: for two milliseconds at most.
 //!
 //! WAL that is not waited for flows too: when much of it has gathered, it is pushed as it is found,
 //! and looked for every few milliseconds while it flows. When nothing is written, nobody looks.
@@ -38,8 +40,10 @@ use crate::postgres;
 #[repr(C)]
 pub struct CommitHints {
     count: AtomicU64,
-    /// Of these, those whose transaction is over.
+    /// Of these, those whose transaction is over,
     ended: AtomicU64,
+    /// and those of sessions that had committed just before.
+    prompt: AtomicU64,
     /// The highest that was given.
     lsn: AtomicU64,
     /// The worker's, while it wants to be woken,
@@ -59,14 +63,19 @@ pub struct Hint {
     pub lsn: Lsn,
     /// Sessions between their hint and the end of their transaction.
     pub committing: u64,
+    /// Hints of sessions that had committed just before, since the server started.
+    pub prompt: u64,
 }
 
 impl CommitHints {
     /// A commit record is about to be inserted. By the backend that does it; if this is heard, it also
     /// says when its transaction is over.
-    pub fn give(&self) -> bool {
+    pub fn give(&self, is_prompt: bool) -> bool {
         if !self.is_heard.load(Ordering::Relaxed) {
             return false;
+        }
+        if is_prompt {
+            self.prompt.fetch_add(1, Ordering::Relaxed);
         }
         self.lsn
             .fetch_max(postgres::insert_lsn().0, Ordering::Relaxed);
@@ -110,11 +119,11 @@ impl CommitHints {
         let ended = self.ended.load(Ordering::Relaxed);
         let count = self.count.load(Ordering::SeqCst);
         let lsn = Lsn(self.lsn.load(Ordering::Relaxed));
-        let committing = count.saturating_sub(ended);
         Hint {
             count,
             lsn,
-            committing,
+            committing: count.saturating_sub(ended),
+            prompt: self.prompt.load(Ordering::Relaxed),
         }
     }
 }
@@ -132,7 +141,8 @@ pub struct EarlyPush {
     answers: AnswerTimes,
     gathering: Option<Gathering>,
     missed: Option<Missed>,
-    /// So many sessions committing at once are many.
+    returns: Returns,
+    /// Sessions that have to be committing at once for others to be waited for.
     crowd: u64,
 }
 
@@ -201,12 +211,12 @@ const PAUSE_MAX: Duration = Duration::from_millis(512);
 /// When nothing has come for so long, it has ceased to flow.
 const FLOWS_FOR: Duration = Duration::from_millis(20);
 
-/// Those whom an answer has released are waited for so long at most: the least that a wait can last.
-const GATHERING_MAX: Duration = Duration::from_millis(1);
-/// This many sessions committing at once for each processor are a crowd. By Little's law: with a
-/// flush of half a millisecond they are some thousands of commits a second, and a processor has done
-/// little else.
-const CROWD_PER_PROCESSOR: u64 = 4;
+/// Those whom an answer has released are waited for so long at most.
+const GATHERING_MAX: Duration = Duration::from_millis(2);
+/// So many sessions committing at once, for each processor, are worth waiting for others.
+const CROWD_PER_PROCESSOR: u64 = 2;
+/// Whoever commits again within this time after a commit has come back soon.
+pub const SOON: Duration = Duration::from_millis(5);
 
 impl EarlyPush {
     /// On a machine with so many processors.
@@ -220,6 +230,7 @@ impl EarlyPush {
             answers: AnswerTimes::default(),
             gathering: None,
             missed: None,
+            returns: Returns::new(hint),
             crowd: processors as u64 * CROWD_PER_PROCESSOR,
         }
     }
@@ -320,7 +331,9 @@ impl EarlyPush {
         self.answers.add(time, it.now);
         let last = self.last.as_ref();
         let is_last = last.is_some_and(|last| it.commit_lsn >= last.end_lsn);
-        if is_last && it.hint.committing >= self.crowd && !self.answers.are_far(it.round_trip) {
+        self.returns.look(it.hint);
+        let is_crowd = it.hint.committing >= self.crowd && self.returns.are_prompt;
+        if is_last && is_crowd && !self.answers.are_far(it.round_trip) {
             let released = self.pushed_hints.0 - self.pushed_hints.1;
             self.gathering = Some(Gathering {
                 until: it.now + GATHERING_MAX,
@@ -374,6 +387,31 @@ impl AnswerTimes {
     }
 }
 
+/// Do sessions mostly commit again soon? From some hundred hints to the next.
+struct Returns {
+    seen: Hint,
+    are_prompt: bool,
+}
+
+impl Returns {
+    const HINTS: u64 = 100;
+
+    fn new(hint: Hint) -> Returns {
+        Returns {
+            seen: hint,
+            are_prompt: false,
+        }
+    }
+
+    fn look(&mut self, hint: Hint) {
+        let count = hint.count - self.seen.count;
+        if count >= Returns::HINTS {
+            self.are_prompt = (hint.prompt - self.seen.prompt) * 2 >= count;
+            self.seen = hint;
+        }
+    }
+}
+
 /// How long a look may last: what pays off.
 struct Patience {
     limit: Duration,
@@ -418,6 +456,7 @@ mod tests {
         count: 7,
         lsn: Lsn(1000),
         committing: 0,
+        prompt: 0,
     };
 
     fn at(us: u64) -> Duration {
@@ -451,6 +490,7 @@ mod tests {
             count: 8,
             lsn: Lsn(2000),
             committing: 1,
+            prompt: 0,
         };
         assert!(early.is_due(situation(one, at(0)), || Lsn(2001)));
         assert!(!early.is_due(situation(one, at(1)), || Lsn(2001)));
@@ -496,6 +536,7 @@ mod tests {
             count: 8,
             lsn: Lsn(2000),
             committing: 1,
+            prompt: 0,
         };
         let come = || Lsn(2001);
         let it = situation(one, at(1000));
@@ -515,6 +556,7 @@ mod tests {
             count: 8,
             lsn: Lsn(2000),
             committing: 1,
+            prompt: 0,
         };
         let come = || Lsn(2001);
         assert!(!early.is_due(situation(one, at(1299)), come));
@@ -528,6 +570,59 @@ mod tests {
         let next = Hint { count: 9, ..one };
         assert!(!early.is_due(situation(next, at(1499)), come));
         assert!(early.is_due(situation(next, at(1500)), come));
+    }
+
+    /// `committing` sessions, after so many hints, half of them given soon after a commit.
+    fn crowd(committing: u64, count: u64) -> Hint {
+        Hint {
+            count,
+            lsn: Lsn(2000),
+            committing,
+            prompt: count / 2,
+        }
+    }
+
+    #[test]
+    fn those_who_come_back_soon_gather_where_many_commit() {
+        let mut early = EarlyPush::new(crowd(0, 0), 2);
+        let come = || Lsn(2001);
+        let answered = |hint, us| Situation {
+            commit_lsn: Lsn(2001),
+            sent_lsn: Lsn(2001),
+            ..situation(hint, at(us))
+        };
+        // Three commits go out together, and are answered when a fourth is there.
+        let push = |early: &mut EarlyPush, count, us| {
+            let it = situation(crowd(3, count), at(us));
+            assert!(early.is_due(it, come));
+            early.pushed(&it, Lsn(2001));
+        };
+        push(&mut early, 100, 0);
+        push(&mut early, 103, 1000);
+        let four = answered(crowd(4, 104), 1300);
+        early.answered(at(300), &four);
+        assert!(!early.is_due(four, || Lsn(3000)), "those three come soon");
+        let pause = early.pause(&four).unwrap();
+        assert_eq!((pause.time, pause.hints), (GATHERING_MAX, 107));
+        // They end it, or time does.
+        assert!(early.pause(&answered(crowd(4, 106), 1400)).is_some());
+        assert_eq!(early.pause(&answered(crowd(4, 107), 1400)), None);
+        assert_eq!(early.pause(&answered(crowd(4, 106), 3300)), None);
+        assert!(early.is_due(answered(crowd(4, 107), 1400), || Lsn(3000)));
+        // Nobody is waited for when few commit,
+        push(&mut early, 110, 4000);
+        let three = answered(crowd(3, 111), 4300);
+        early.answered(at(300), &three);
+        assert_eq!(early.pause(&three), None);
+        // nor when most take their time.
+        push(&mut early, 213, 5000);
+        let seldom = Hint {
+            prompt: 55 + 51,
+            ..crowd(9, 214)
+        };
+        let seldom = answered(seldom, 5300);
+        early.answered(at(300), &seldom);
+        assert_eq!(early.pause(&seldom), None);
     }
 
     #[test]
