@@ -93,6 +93,8 @@ pub struct Pusher {
     is_streaming: bool,
     /// The last turn ended before all that could be sent was.
     more_to_send: bool,
+    /// The last turn left WAL unsent that is flushed here, because of a pause.
+    holds_back: bool,
     /// News of the last commit goes out by itself from then on.
     news_due_ms: u64,
     /// To the last member of the nearest majority and back.
@@ -228,6 +230,7 @@ impl Pusher {
             lag: Lag::default(),
             is_streaming: false,
             more_to_send: false,
+            holds_back: false,
             news_due_ms: 0,
             round_trip: Duration::ZERO,
             wal_moved: false,

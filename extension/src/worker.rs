@@ -124,7 +124,7 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
                 true => timeout_ms.min(ceil_ms(pause.time)),
                 false => 0,
             }
-        } else if wal_sender_slot::wake_on_flush(flushed_lsn) && !pusher.has_hint() {
+        } else if wal_sender_slot::wake_on_flush(flushed_lsn) && !pusher.has_work() {
             timeout_ms
         } else {
             0

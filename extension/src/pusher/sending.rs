@@ -62,6 +62,7 @@ impl Pusher {
         let mut end_lsn = flush_lsn.max(sent_lsn);
         let situation = self.situation(sent_lsn);
         let mut early = None;
+        self.holds_back = false;
         if self.pushes_early()
             && let Some(buffers) = &self.local_wal.buffers
         {
@@ -69,6 +70,7 @@ impl Pusher {
                 end_lsn = end_lsn.max(buffers.inserted_lsn());
                 early = Some(situation);
             } else if self.early_push.pause(&situation).is_some() {
+                self.holds_back = end_lsn > sent_lsn;
                 end_lsn = sent_lsn;
             }
         }
@@ -117,10 +119,10 @@ impl Pusher {
         self.early_push.pause(&situation)
     }
 
-    /// A commit was announced while something else was done.
-    pub fn has_hint(&self) -> bool {
+    /// A commit was announced while something else was done, or what was held back need not be any more.
+    pub fn has_work(&self) -> bool {
         let situation = self.situation(self.positions.sent_lsn);
-        self.pushes_early() && self.early_push.has_hint(&situation)
+        self.holds_back || self.pushes_early() && self.early_push.has_hint(&situation)
     }
 
     fn send(&mut self, at: usize, local: LocalWal) -> Result<(), String> {
