@@ -194,9 +194,18 @@ pub struct Situation {
     pub now: Duration,
     pub hint: Hint,
     pub sent_lsn: Lsn,
+    /// Of this server.
+    pub flush_lsn: Lsn,
     pub commit_lsn: Lsn,
     /// To the last member of the nearest majority and back.
     pub round_trip: Duration,
+}
+
+impl Situation {
+    /// What ends here goes out in any case, if not now then after a pause.
+    fn needs_no_look(&self) -> Lsn {
+        self.sent_lsn.max(self.flush_lsn)
+    }
 }
 
 /// So much makes it worth pushing WAL for which nobody waits: a message that costs little for what it
@@ -211,6 +220,8 @@ const PAUSE_MAX: Duration = Duration::from_millis(512);
 /// When nothing has come for so long, it has ceased to flow.
 const FLOWS_FOR: Duration = Duration::from_millis(20);
 
+/// An answer is waited for so long at most: the last one may have taken as long as an outage.
+const ANSWER_MAX: Duration = Duration::from_millis(100);
 /// Those whom an answer has released are waited for so long at most.
 const GATHERING_MAX: Duration = Duration::from_millis(2);
 /// So many sessions committing at once, for each processor, are worth waiting for others.
@@ -237,7 +248,7 @@ impl EarlyPush {
 
     /// Is WAL to be pushed now that may not be flushed yet? `insert_lsn` asks how far it has come.
     pub fn is_due(&mut self, it: Situation, insert_lsn: impl Fn() -> Lsn) -> bool {
-        let gathered = insert_lsn().saturating_distance_from(it.sent_lsn);
+        let gathered = insert_lsn().saturating_distance_from(it.needs_no_look());
         if gathered >= BULK {
             self.seen = it.hint.count;
             self.flows_until = it.now + FLOWS_FOR;
@@ -254,7 +265,7 @@ impl EarlyPush {
         self.missed = None;
         // Some of several may have come. Others that only lack the processor can still join them: where it
         // is free, this takes no time.
-        if hints > 1 && gathered > 0 {
+        if hints > 1 && insert_lsn() > it.sent_lsn {
             std::thread::yield_now();
             if insert_lsn() <= it.hint.lsn {
                 self.missed = Some(Missed::new(it.hint.lsn, it.now));
@@ -281,7 +292,7 @@ impl EarlyPush {
             self.missed = None;
         }
         // It may have been flushed, and sent for that.
-        has_come && insert_lsn > it.sent_lsn
+        has_come && insert_lsn > it.needs_no_look()
     }
 
     /// What was due has been sent, up to `sent_lsn`, to those who could take it.
@@ -295,12 +306,17 @@ impl EarlyPush {
             });
         } else {
             // Nobody could. Sockets that have room again wake the worker; then it looks.
-            self.missed = Some(Missed::new(it.sent_lsn, it.now));
+            self.missed = Some(Missed::new(it.needs_no_look(), it.now));
         }
     }
 
-    /// What has come since the last push is not to be sent yet, unless it is much: the members flush, or
-    /// more is coming.
+    /// Little that has come since the last push is to be sent yet: the members flush, or more is coming.
+    pub fn holds_back(&self, it: &Situation) -> bool {
+        let flushed = it.flush_lsn.saturating_distance_from(it.sent_lsn);
+        flushed < BULK && self.pause(it).is_some()
+    }
+
+    /// Nothing is to be looked for now but bulk.
     pub fn pause(&self, it: &Situation) -> Option<Pause> {
         if let Some(time) = self.members_are_busy_for(it) {
             let hints = u64::MAX;
@@ -316,7 +332,8 @@ impl EarlyPush {
     /// to be done; for so long at most.
     fn members_are_busy_for(&self, it: &Situation) -> Option<Duration> {
         let last = self.last.as_ref()?;
-        let left = (last.at + self.answers.last).checked_sub(it.now)?;
+        let answer = self.answers.last.min(ANSWER_MAX);
+        let left = (last.at + answer).checked_sub(it.now)?;
         let is_answered = it.commit_lsn >= last.end_lsn || left.is_zero();
         (!is_answered && !self.answers.are_far(it.round_trip)).then_some(left)
     }
@@ -337,6 +354,7 @@ impl EarlyPush {
         let is_crowd = it.hint.committing >= self.crowd && self.returns.are_prompt;
         if is_last && is_crowd && !self.answers.are_far(it.round_trip) {
             let released = self.pushed_hints.0 - self.pushed_hints.1;
+            let released = released.min(it.hint.committing);
             self.gathering = Some(Gathering {
                 until: it.now + GATHERING_MAX,
                 hints: it.hint.count + released,
@@ -345,9 +363,11 @@ impl EarlyPush {
     }
 
     /// When to look again though nobody calls; `None` if that need not be.
-    pub fn next_look_ms(&self, now: Duration) -> Option<u64> {
+    pub fn next_look_ms(&self, it: &Situation) -> Option<u64> {
+        let now = it.now;
         let flows = (now < self.flows_until).then_some(POLL_MS);
-        let missed = self.missed.as_ref();
+        // After a pause there is a look in any case.
+        let missed = self.missed.as_ref().filter(|_| self.pause(it).is_none());
         flows.or(missed.map(|missed| ceil_ms(missed.next_look.saturating_sub(now))))
     }
 }
@@ -470,19 +490,88 @@ mod tests {
             now,
             hint,
             sent_lsn: Lsn(1000),
+            flush_lsn: Lsn(1000),
             commit_lsn: Lsn(1000),
             round_trip: at(50),
         }
+    }
+
+    fn look(early: &EarlyPush, now: Duration) -> Option<u64> {
+        early.next_look_ms(&situation(NOTHING, now))
+    }
+
+    #[test]
+    fn what_is_flushed_is_not_looked_for() {
+        let mut early = EarlyPush::new(NOTHING, 2);
+        // A worker that has just begun has sent nothing.
+        let all_flushed = Situation {
+            sent_lsn: Lsn(0),
+            flush_lsn: Lsn(9 * BULK),
+            ..situation(NOTHING, at(0))
+        };
+        assert!(!early.is_due(all_flushed, || Lsn(9 * BULK)));
+        assert_eq!(early.next_look_ms(&all_flushed), None);
+        // Nobody can take what two commits have written, and what is flushed soon.
+        let two = Hint {
+            count: NOTHING.count + 2,
+            ..NOTHING
+        };
+        let mut it = Situation {
+            hint: two,
+            ..all_flushed
+        };
+        assert!(early.is_due(it, || Lsn(9 * BULK)));
+        early.pushed(&it, it.sent_lsn);
+        let mut looks = 0;
+        while let Some(ms) = early.next_look_ms(&it) {
+            it.now += Duration::from_millis(ms.max(1));
+            assert!(!early.is_due(it, || Lsn(9 * BULK)));
+            looks += 1;
+        }
+        assert!((5..20).contains(&looks), "{looks}");
+    }
+
+    #[test]
+    fn a_pause_has_no_looks() {
+        let mut early = EarlyPush::new(NOTHING, 2);
+        early.answered(at(9000), &situation(NOTHING, at(0)));
+        let two = Hint {
+            count: NOTHING.count + 2,
+            lsn: Lsn(2000),
+            ..NOTHING
+        };
+        let it = situation(two, at(1000));
+        assert!(early.is_due(it, || Lsn(1500)), "one of two");
+        early.pushed(&it, Lsn(1500));
+        let later = Situation {
+            sent_lsn: Lsn(1500),
+            ..situation(two, at(5000))
+        };
+        assert_eq!(early.pause(&later).unwrap().time, at(5000));
+        assert_eq!(early.next_look_ms(&later), None);
+        // What is flushed waits, but not much of it, nor as long as an outage has lasted.
+        assert!(early.holds_back(&later));
+        let much = Situation {
+            flush_lsn: Lsn(1500 + BULK),
+            ..later
+        };
+        assert!(!early.holds_back(&much));
+        early.answers.last = Duration::from_secs(60);
+        let after = Situation {
+            now: it.now + ANSWER_MAX,
+            ..later
+        };
+        assert!(!early.holds_back(&after));
     }
 
     #[test]
     fn wal_that_nobody_waits_for_is_pushed_when_much_has_gathered() {
         let mut early = EarlyPush::new(NOTHING, 2);
         assert!(!early.is_due(situation(NOTHING, at(0)), || Lsn(1000 + BULK - 1)));
-        assert_eq!(early.next_look_ms(at(0)), None);
+        assert_eq!(look(&early, at(0)), None);
         assert!(early.is_due(situation(NOTHING, at(5)), || Lsn(1000 + BULK)));
-        assert_eq!(early.next_look_ms(at(6)), Some(POLL_MS));
-        assert_eq!(early.next_look_ms(at(5) + FLOWS_FOR), None);
+        assert_eq!(look(&early, at(6)), Some(POLL_MS));
+        assert_eq!(look(&early, at(5) + FLOWS_FOR), None);
     }
 
     #[test]
@@ -498,22 +587,22 @@ mod tests {
         assert!(!early.is_due(situation(one, at(1)), || Lsn(2001)));
         let late = Hint { count: 9, ..one };
         assert!(!early.is_due(situation(late, at(2)), || Lsn(2000)));
-        assert_eq!(early.next_look_ms(at(2)), Some(1));
+        assert_eq!(look(&early, at(2)), Some(1));
         // Other reasons to look do not use it up.
         for us in 3..100 {
             assert!(!early.is_due(situation(late, at(us)), || Lsn(2000)));
-            assert_eq!(early.next_look_ms(at(us)), Some(1));
+            assert_eq!(look(&early, at(us)), Some(1));
         }
         assert!(!early.is_due(situation(late, at(1002)), || Lsn(2000)));
-        assert_eq!(early.next_look_ms(at(1002)), Some(2));
+        assert_eq!(look(&early, at(1002)), Some(2));
         assert!(early.is_due(situation(late, at(1003)), || Lsn(2001)));
-        assert_eq!(early.next_look_ms(at(1003)), None);
+        assert_eq!(look(&early, at(1003)), None);
         // One that never comes is given up, after a second.
         let failed = Hint { count: 10, ..one };
         let ms = |ms: u64| at(1000 * ms);
         let given_up = (2..5000).find(|&now| {
             assert!(!early.is_due(situation(failed, ms(now)), || Lsn(2000)));
-            early.next_look_ms(ms(now)).is_none()
+            look(&early, ms(now)).is_none()
         });
         assert!(
             given_up.is_some_and(|now| (1000..1100).contains(&now)),
@@ -545,7 +634,7 @@ mod tests {
         assert!(early.is_due(it, come));
         early.pushed(&it, it.sent_lsn);
         assert_eq!(early.pause(&it), None);
-        assert_eq!(early.next_look_ms(it.now), Some(1));
+        assert_eq!(early.next_look_ms(&it), Some(1));
         assert!(early.is_due(situation(one, at(1100)), come));
     }
 

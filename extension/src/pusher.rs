@@ -93,6 +93,8 @@ pub struct Pusher {
     is_streaming: bool,
     /// The last turn ended before all that could be sent was.
     more_to_send: bool,
+    /// Flushed here, when the last turn looked.
+    flush_lsn: Lsn,
     /// The last turn left WAL unsent that is flushed here, because of a pause.
     holds_back: bool,
     /// News of the last commit goes out by itself from then on.
@@ -230,6 +232,7 @@ impl Pusher {
             lag: Lag::default(),
             is_streaming: false,
             more_to_send: false,
+            flush_lsn: Lsn::INVALID,
             holds_back: false,
             news_due_ms: 0,
             round_trip: Duration::ZERO,
@@ -303,7 +306,7 @@ impl Pusher {
         let news_ms = self.next_news_ms().unwrap_or(u64::MAX);
         let due = [self.next_tick_ms(), self.publish_due_ms(), news_ms];
         let next_ms = dials.chain(feeds).chain(due).fold(u64::MAX, u64::min);
-        let look_ms = self.early_push.next_look_ms(self.started.elapsed());
+        let look_ms = self.early_push.next_look_ms(&self.situation());
         next_ms
             .saturating_sub(self.now_ms())
             .min(look_ms.unwrap_or(u64::MAX))

@@ -106,7 +106,7 @@ impl Pusher {
         let now = self.started.elapsed();
         self.lag.acknowledged(commit_lsn, now);
         if let Some(time) = self.lag.last() {
-            let situation = self.situation(self.positions.sent_lsn);
+            let situation = self.situation();
             self.early_push.answered(time, &situation);
         }
         self.wal_moved = true;

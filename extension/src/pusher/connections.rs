@@ -107,6 +107,7 @@ impl Pusher {
         member.feed.stop();
         member.lag.forget();
         member.told_lsn = Lsn::INVALID;
+        self.round_trip = self.round_trip_to_majority();
         if was_up {
             self.proposer.on_disconnected(PeerIdx(at), now_ms);
         }

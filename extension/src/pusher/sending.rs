@@ -60,7 +60,8 @@ impl Pusher {
         self.local_wal.prefers_files = !settings::read_wal_buffers();
         let sent_lsn = self.positions.sent_lsn;
         let mut end_lsn = flush_lsn.max(sent_lsn);
-        let situation = self.situation(sent_lsn);
+        self.flush_lsn = flush_lsn;
+        let situation = self.situation();
         let mut early = None;
         self.holds_back = false;
         if self.pushes_early()
@@ -69,7 +70,7 @@ impl Pusher {
             if self.early_push.is_due(situation, || buffers.reserved_lsn()) {
                 end_lsn = end_lsn.max(buffers.inserted_lsn());
                 early = Some(situation);
-            } else if self.early_push.pause(&situation).is_some() {
+            } else if self.early_push.holds_back(&situation) {
                 self.holds_back = end_lsn > sent_lsn;
                 end_lsn = sent_lsn;
             }
@@ -85,11 +86,12 @@ impl Pusher {
             && self.proposer.is_leading()
     }
 
-    pub(super) fn situation(&self, sent_lsn: Lsn) -> Situation {
+    pub(super) fn situation(&self) -> Situation {
         Situation {
             now: self.started.elapsed(),
             hint: shmem::latest_hint(),
-            sent_lsn,
+            sent_lsn: self.positions.sent_lsn,
+            flush_lsn: self.flush_lsn,
             commit_lsn: self.proposer.commit_lsn(),
             round_trip: self.round_trip,
         }
@@ -115,13 +117,13 @@ impl Pusher {
 
     /// Nothing is to be sent before the members answer, which will wake us, or more commits come.
     pub fn pause(&self) -> Option<Pause> {
-        let situation = self.situation(self.positions.sent_lsn);
+        let situation = self.situation();
         self.early_push.pause(&situation)
     }
 
     /// A commit was announced while something else was done, or what was held back need not be any more.
     pub fn has_work(&self) -> bool {
-        let situation = self.situation(self.positions.sent_lsn);
+        let situation = self.situation();
         self.holds_back || self.pushes_early() && self.early_push.has_hint(&situation)
     }
 
