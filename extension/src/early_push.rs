@@ -15,9 +15,9 @@
 //! enough; should the disk be slow, it looks again after a millisecond, then two, four and so on.
 //!
 //! Commits that come while the members flush would have to wait for that anyway: they gather, and go
-//! out together when the quorum has answered; so does what is flushed here meanwhile, which waits no
-//! longer than the last answer took. Not where the way is long compared to a flush: there they
-//! gather at the members, while these flush.
+//! out together when the quorum has answered; so does what is flushed here meanwhile. They wait no
+//! longer than the last answer took, nor than a tenth of a second. Not where the way is long compared to
+//! a flush: there they gather at the members, while these flush.
 //!
 //! Sessions that one answer has released, and that do nothing but commit, come back at about the same
 //! time. The first of them, pushed at once, would make the others wait for a flush of its own; and each
