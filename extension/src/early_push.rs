@@ -347,9 +347,9 @@ impl EarlyPush {
     pub fn answered(&mut self, time: Duration, it: &Situation) {
         self.answers.add(time, it.now);
         let last = self.last.as_ref();
-        // Once for each push: nobody is to be held back longer and longer.
-        let is_last =
-            last.is_some_and(|last| it.commit_lsn >= last.end_lsn) && self.gathering.is_none();
+        // One after another is over: nobody is to be held back longer and longer.
+        let is_last = last.is_some_and(|last| it.commit_lsn >= last.end_lsn)
+            && self.gathering.is_none_or(|now| it.now >= now.until);
         self.returns.look(it.hint);
         let is_crowd = it.hint.committing >= self.crowd && self.returns.are_prompt;
         if is_last && is_crowd && !self.answers.are_far(it.round_trip) {
