@@ -104,15 +104,10 @@ impl CommitHints {
         self.is_heard.store(true, Ordering::Relaxed);
     }
 
-    /// Something else will wake the worker soon, and then it looks.
-    pub fn be_quiet(&self) {
-        self.latch.store(std::ptr::null_mut(), Ordering::SeqCst);
-    }
-
     /// The worker ends.
     pub fn ignore(&self) {
         self.is_heard.store(false, Ordering::Relaxed);
-        self.be_quiet();
+        self.latch.store(std::ptr::null_mut(), Ordering::SeqCst);
     }
 
     pub fn latest(&self) -> Hint {
@@ -136,8 +131,8 @@ pub struct EarlyPush {
     /// WAL flows: look for it until then.
     flows_until: Duration,
     last: Option<Pushed>,
-    /// Hints there had been at the last push, and at the one before.
-    pushed_hints: (u64, u64),
+    /// Hints there had been at that.
+    pushed_hints: u64,
     answers: AnswerTimes,
     gathering: Option<Gathering>,
     missed: Option<Missed>,
@@ -186,6 +181,8 @@ impl Missed {
 struct Pushed {
     end_lsn: Lsn,
     at: Duration,
+    /// That had come since the push before.
+    hints: u64,
 }
 
 /// How things stand when the question is whether to push. Times are since some moment.
@@ -237,7 +234,7 @@ impl EarlyPush {
             patience: Patience::new(),
             flows_until: Duration::ZERO,
             last: None,
-            pushed_hints: (hint.count, hint.count),
+            pushed_hints: hint.count,
             answers: AnswerTimes::default(),
             gathering: None,
             missed: None,
@@ -298,12 +295,13 @@ impl EarlyPush {
     /// What was due has been sent, up to `sent_lsn`, to those who could take it.
     pub fn pushed(&mut self, it: &Situation, sent_lsn: Lsn) {
         if sent_lsn > it.sent_lsn {
-            self.pushed_hints = (it.hint.count, self.pushed_hints.0);
-            self.gathering = None;
             self.last = Some(Pushed {
                 end_lsn: sent_lsn,
                 at: it.now,
+                hints: it.hint.count - self.pushed_hints,
             });
+            self.pushed_hints = it.hint.count;
+            self.gathering = None;
         } else {
             // Nobody could. Sockets that have room again wake the worker; then it looks.
             self.missed = Some(Missed::new(it.needs_no_look(), it.now));
@@ -346,15 +344,14 @@ impl EarlyPush {
     /// The quorum has answered, so long after it was sent something; how things stand now.
     pub fn answered(&mut self, time: Duration, it: &Situation) {
         self.answers.add(time, it.now);
-        let last = self.last.as_ref();
-        // One after another is over: nobody is to be held back longer and longer.
-        let is_last = last.is_some_and(|last| it.commit_lsn >= last.end_lsn)
-            && self.gathering.is_none_or(|now| it.now >= now.until);
         self.returns.look(it.hint);
+        let Some(last) = &self.last else { return };
+        let is_answered = it.commit_lsn >= last.end_lsn;
         let is_crowd = it.hint.committing >= self.crowd && self.returns.are_prompt;
-        if is_last && is_crowd && !self.answers.are_far(it.round_trip) {
-            let released = self.pushed_hints.0 - self.pushed_hints.1;
-            let released = released.min(it.hint.committing);
+        // One after another is over: nobody is to be held back longer and longer.
+        let is_gathering = self.gathering.is_some_and(|now| it.now < now.until);
+        if is_answered && is_crowd && !is_gathering && !self.answers.are_far(it.round_trip) {
+            let released = last.hints.min(it.hint.committing);
             self.gathering = Some(Gathering {
                 until: it.now + GATHERING_MAX,
                 hints: it.hint.count + released,
@@ -547,7 +544,7 @@ mod tests {
             sent_lsn: Lsn(1500),
             ..situation(two, at(5000))
         };
-        assert_eq!(early.pause(&later).unwrap().time, at(5000));
+        assert_eq!(early.pause(&later).expect("paused").time, at(5000));
         assert_eq!(early.next_look_ms(&later), None);
         // What is flushed waits, but not much of it, nor as long as an outage has lasted.
         assert!(early.holds_back(&later));
@@ -580,8 +577,7 @@ mod tests {
         let one = Hint {
             count: 8,
             lsn: Lsn(2000),
-            committing: 1,
-            prompt: 0,
+            ..NOTHING
         };
         assert!(early.is_due(situation(one, at(0)), || Lsn(2001)));
         assert!(!early.is_due(situation(one, at(1)), || Lsn(2001)));
@@ -626,8 +622,7 @@ mod tests {
         let one = Hint {
             count: 8,
             lsn: Lsn(2000),
-            committing: 1,
-            prompt: 0,
+            ..NOTHING
         };
         let come = || Lsn(2001);
         let it = situation(one, at(1000));
@@ -646,8 +641,7 @@ mod tests {
         let one = Hint {
             count: 8,
             lsn: Lsn(2000),
-            committing: 1,
-            prompt: 0,
+            ..NOTHING
         };
         let come = || Lsn(2001);
         assert!(!early.is_due(situation(one, at(1299)), come));
@@ -693,7 +687,7 @@ mod tests {
         let four = answered(crowd(4, 104), 1300);
         early.answered(at(300), &four);
         assert!(!early.is_due(four, || Lsn(3000)), "those three come soon");
-        let pause = early.pause(&four).unwrap();
+        let pause = early.pause(&four).expect("paused");
         assert_eq!((pause.time, pause.hints), (GATHERING_MAX, 107));
         // They end it, or time does.
         assert!(early.pause(&answered(crowd(4, 106), 1400)).is_some());
