@@ -14,6 +14,8 @@
 //! At more than one client a local commit also waits for the flush that is under way, which
 //! execution then contains; so there the formulas are rules of thumb.
 
+use std::fmt::{self, Display};
+use std::str::FromStr;
 use std::time::Duration;
 
 use crate::fsync_time;
@@ -27,8 +29,8 @@ use cluster_tests::slow_disk::SlowDisk;
 pub const PART: &str = "hosts";
 
 /// In microseconds.
-#[derive(Clone, Copy)]
-struct Point {
+#[derive(Clone, Copy, PartialEq)]
+pub struct Point {
     primary_flush: u64,
     round_trip: u64,
     member_flush: u64,
@@ -42,9 +44,27 @@ const fn point(primary_flush: u64, round_trip: u64, member_flush: u64) -> Point 
     }
 }
 
+impl FromStr for Point {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Point, Self::Err> {
+        let found = POINTS.into_iter().find(|point| point.to_string() == text);
+        found.ok_or("not one of the points that are measured, such as 0.5/0/0.5")
+    }
+}
+
+/// In milliseconds.
+impl Display for Point {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ms = |us: u64| us as f64 / 1000.0;
+        let (primary, member) = (ms(self.primary_flush), ms(self.member_flush));
+        write!(f, "{primary}/{}/{member}", ms(self.round_trip))
+    }
+}
+
 /// Members answer within the primary's flush, or they don't; a cloud's disks, a fast disk's hosts in
 /// one rack, another zone.
-const POINTS: [Point; 5] = [
+pub const POINTS: [Point; 5] = [
     point(2000, 500, 1000),
     point(2000, 0, 1000),
     point(500, 0, 500),
@@ -78,10 +98,13 @@ impl Times {
 pub fn measure(options: &Options, samples: &mut Samples) {
     // A setup's members have links or they don't.
     let (near, apart): (Vec<Point>, Vec<Point>) =
-        POINTS.iter().partition(|point| point.round_trip == 0);
+        options.points.iter().partition(|point| point.round_trip == 0);
     for (hosts, mut points) in [(Hosts::Emulated, near), (Hosts::Apart, apart)] {
         if options.quick {
             points.truncate(1);
+        }
+        if points.is_empty() {
+            continue;
         }
         measure_there(options, hosts, &points, samples);
     }
@@ -100,26 +123,12 @@ fn measure_there(options: &Options, hosts: Hosts, points: &[Point], samples: &mu
                     let run = run(&mut setups, kind, *point, times, *clients, options.time);
                     runs.push((kind, run));
                 }
-                add(samples, round, &name(*point, *clients), times, &runs);
+                add(samples, round, &format!("{point} ms, {clients}"), times, &runs);
             }
         }
     }
 }
 
-fn name(point: Point, clients: u32) -> String {
-    let ms = |us: u64| us as f64 / 1000.0;
-    let Point {
-        primary_flush,
-        round_trip,
-        member_flush,
-    } = point;
-    format!(
-        "{} / {} / {} ms, {clients}",
-        ms(primary_flush),
-        ms(round_trip),
-        ms(member_flush)
-    )
-}
 
 fn look(point: Point, setups: &Setups) -> Times {
     let disk = SlowDisk::new(setups.dir(), "look");
@@ -139,8 +148,7 @@ fn look(point: Point, setups: &Setups) -> Times {
         one_way: one_way.unwrap_or_default(),
     };
     eprintln!(
-        "hosts {}: in fact {:.3} / {:.3} / {:.3} ms",
-        name(point, 1),
+        "hosts {point} ms: in fact {:.3} / {:.3} / {:.3} ms",
         times.primary_flush,
         times.round_trip,
         times.member_flush

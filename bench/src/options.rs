@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::hosts::{self, Point};
 use crate::setups::Kind;
 
 pub struct Options {
@@ -22,6 +23,8 @@ pub struct Options {
     /// Length of what is measured in one run of pgbench.
     pub time: Duration,
     pub clients: Vec<u32>,
+    /// Of emulated hosts.
+    pub points: Vec<Point>,
     pub scale: u32,
     pub bulk_megabytes: u64,
     pub quick: bool,
@@ -48,6 +51,7 @@ impl Options {
             rounds: number("ROUNDS").unwrap_or(rounds),
             time: Duration::from_secs(number("SECONDS_EACH").unwrap_or(seconds)),
             clients: list("CLIENTS").unwrap_or_else(|| vec![1, 8, 32]),
+            points: list("POINTS").unwrap_or_else(|| hosts::POINTS.to_vec()),
             scale: number("SCALE").unwrap_or(10),
             bulk_megabytes: number("BULK_MB").unwrap_or(megabytes),
             quick,
