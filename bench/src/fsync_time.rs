@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Instant;
 
@@ -39,17 +39,11 @@ pub fn measure(dir: &TestDir, environment: Environment) -> FlushTime {
 
 /// What the child does.
 pub fn print(dir: &Path) {
-    const LEN: usize = 8192;
-    const SEGMENT: usize = 16 << 20;
-    let path = dir.join("fsync-time");
-    let file = zeros(&path, SEGMENT);
-    let block = vec![0x5a; LEN];
+    let mut flushed = Flushed::create(dir);
     let mut times: Vec<_> = (0..400)
-        .map(|i| {
+        .map(|_| {
             let begun = Instant::now();
-            file.write_all_at(&block, (i * LEN % SEGMENT) as u64)
-                .expect("could not write");
-            file.sync_data().expect("could not flush");
+            flushed.flush();
             begun.elapsed()
         })
         .collect();
@@ -60,18 +54,51 @@ pub fn print(dir: &Path) {
             times[times.len() * share / 100].as_secs_f64() * 1e6
         );
     }
-    std::fs::remove_file(path).expect("our own file");
 }
 
-fn zeros(path: &Path, len: usize) -> File {
-    let file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .open(path);
-    let file = file.expect("could not create a file to flush");
-    file.write_all_at(&vec![0; len], 0)
-        .expect("could not write");
-    file.sync_all().expect("could not flush");
-    file
+/// A segment that is full of zeros to begin with; removed in the end.
+pub struct Flushed {
+    path: PathBuf,
+    file: File,
+    block: Vec<u8>,
+    offset: u64,
+}
+
+impl Flushed {
+    const LEN: usize = 8192;
+    const SEGMENT: usize = 16 << 20;
+
+    pub fn create(dir: &Path) -> Flushed {
+        let path = dir.join("flushed");
+        let file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path);
+        let file = file.expect("could not create a file to flush");
+        file.write_all_at(&vec![0; Flushed::SEGMENT], 0)
+            .expect("could not write");
+        file.sync_all().expect("could not flush");
+        let (block, offset) = (vec![0x5a; Flushed::LEN], 0);
+        Flushed {
+            path,
+            file,
+            block,
+            offset,
+        }
+    }
+
+    /// Writes the next block and flushes it.
+    pub fn flush(&mut self) {
+        let written = self.file.write_all_at(&self.block, self.offset);
+        written.expect("could not write");
+        self.file.sync_data().expect("could not flush");
+        self.offset = (self.offset + Flushed::LEN as u64) % Flushed::SEGMENT as u64;
+    }
+}
+
+impl Drop for Flushed {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
 }

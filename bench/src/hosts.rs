@@ -8,9 +8,9 @@
 //! ```
 //!
 //! All files lie in memory, flushes are lengthened by a sleep, links by a proxy: nothing is shared
-//! but the CPUs. *Execution* is what the local-only setup takes in the same round beyond F_primary.
-//! F and RTT in the formulas are measured, not what was asked for: a sleep is some microseconds late, and a
-//! byte to three others and back from two of them takes its time also where no link delays it.
+//! but the CPUs, which are kept awake (`awake.rs`). *Execution* is what the local-only setup takes in the
+//! same round beyond F_primary. F_primary, RTT + F_member and their maximum are measured, not what was asked
+//! for (`quorum_time.rs`).
 //! At more than one client a local commit also waits for the flush that is under way, which
 //! execution then contains; so there the formulas are rules of thumb.
 
@@ -18,9 +18,11 @@ use std::fmt::{self, Display};
 use std::str::FromStr;
 use std::time::Duration;
 
+use crate::awake::KeepAwake;
 use crate::fsync_time;
 use crate::options::Options;
 use crate::pgbench::{self, Run};
+use crate::quorum_time::{self, QuorumTimes};
 use crate::samples::Samples;
 use crate::setups::{Hosts, Kind, Setup, Setups};
 use crate::slow_link;
@@ -76,8 +78,7 @@ pub const POINTS: [Point; 5] = [
 #[derive(Clone, Copy)]
 struct Times {
     primary_flush: f64,
-    round_trip: f64,
-    member_flush: f64,
+    quorum: QuorumTimes,
     /// Of each direction of a link.
     one_way: Duration,
 }
@@ -85,20 +86,22 @@ struct Times {
 impl Times {
     /// Milliseconds of a commit without its execution.
     fn formula(&self, kind: Kind) -> f64 {
-        let member = self.round_trip + self.member_flush;
         match kind {
             Kind::Local => self.primary_flush,
             // What is read from files has been flushed here.
-            Kind::Stock | Kind::OursFromFiles => self.primary_flush + member,
-            Kind::Ours => self.primary_flush.max(member),
+            Kind::Stock | Kind::OursFromFiles => self.primary_flush + self.quorum.members,
+            Kind::Ours => self.quorum.both,
         }
     }
 }
 
 pub fn measure(options: &Options, samples: &mut Samples) {
+    let _awake = KeepAwake::begin();
     // A setup's members have links or they don't.
-    let (near, apart): (Vec<Point>, Vec<Point>) =
-        options.points.iter().partition(|point| point.round_trip == 0);
+    let (near, apart): (Vec<Point>, Vec<Point>) = options
+        .points
+        .iter()
+        .partition(|point| point.round_trip == 0);
     for (hosts, mut points) in [(Hosts::Emulated, near), (Hosts::Apart, apart)] {
         if options.quick {
             points.truncate(1);
@@ -123,35 +126,39 @@ fn measure_there(options: &Options, hosts: Hosts, points: &[Point], samples: &mu
                     let run = run(&mut setups, kind, *point, times, *clients, options.time);
                     runs.push((kind, run));
                 }
-                add(samples, round, &format!("{point} ms, {clients}"), times, &runs);
+                add(
+                    samples,
+                    round,
+                    &format!("{point} ms, {clients}"),
+                    times,
+                    &runs,
+                );
             }
         }
     }
 }
 
-
 fn look(point: Point, setups: &Setups) -> Times {
-    let disk = SlowDisk::new(setups.dir(), "look");
-    let flush = |us: u64| {
+    let dir = setups.dir();
+    let disk = |name: &str, us: u64| {
+        let disk = SlowDisk::new(dir, name);
         disk.set(Duration::from_micros(us));
-        fsync_time::measure(setups.dir(), disk.environment()).median
+        disk
     };
+    let primary = disk("primary", point.primary_flush);
+    let member = disk("member", point.member_flush);
     let one_way = match point.round_trip {
         0 => None,
         us => Some(slow_link::calibrate(Duration::from_micros(us))),
     };
-    let round_trip = slow_link::round_trip_to_two_of_three(one_way);
     let times = Times {
-        primary_flush: flush(point.primary_flush),
-        round_trip: round_trip.as_secs_f64() * 1000.0,
-        member_flush: flush(point.member_flush),
+        primary_flush: fsync_time::measure(dir, primary.environment()).median,
+        quorum: quorum_time::measure(dir, &primary, &member, one_way),
         one_way: one_way.unwrap_or_default(),
     };
     eprintln!(
-        "hosts {point} ms: in fact {:.3} / {:.3} / {:.3} ms",
-        times.primary_flush,
-        times.round_trip,
-        times.member_flush
+        "hosts {point} ms: in fact F_primary {:.3}, RTT + F_member {:.3}, both at once {:.3} ms",
+        times.primary_flush, times.quorum.members, times.quorum.both
     );
     times
 }

@@ -5,6 +5,7 @@
 //! have neighbours. So whatever is compared runs within one round, each setup in turn for some
 //! seconds, the order changing from round to round; and what counts are the ratios within a round.
 
+mod awake;
 mod bulk;
 mod catch_up;
 mod clients;
@@ -16,6 +17,7 @@ mod options;
 mod pgbench;
 mod plot;
 mod processes;
+mod quorum_time;
 mod receiver;
 mod report;
 mod samples;
@@ -31,10 +33,17 @@ use crate::samples::Samples;
 use crate::setups::{Hosts, Setups};
 
 fn main() {
-    let mut arguments = std::env::args().skip(1);
-    if arguments.next().as_deref() == Some(fsync_time::VERB) {
-        let dir = arguments.next().expect("a directory");
-        return fsync_time::print(Path::new(&dir));
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        [fsync_time::VERB, dir] => return fsync_time::print(Path::new(dir)),
+        [quorum_time::VERB, dir, ref members @ ..] => {
+            return quorum_time::print(Path::new(dir), members);
+        }
+        [quorum_time::ECHO_VERB, address, dir] => {
+            return quorum_time::echo(address, Path::new(dir));
+        }
+        _ => {}
     }
 
     let options = Options::from_environment();

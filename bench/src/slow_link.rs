@@ -8,11 +8,11 @@
 //! The cluster tests have a link that cuts and heals; this one does nothing but delay, and does it
 //! to some ten microseconds: one thread for each direction, so no hand-over, and a timer without
 //! slack. It does not limit the throughput. What the proxy itself costs is measured
-//! ([`calibrate`]) and taken off the delay. What is left of it where three links share two processors, and
-//! the way of a byte from one process to another, is measured, too ([`round_trip_to_two_of_three`]).
+//! ([`calibrate`]) and taken off the delay. What is left of it where three links share two processors is in
+//! what `quorum_time.rs` measures.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -73,11 +73,11 @@ impl Drop for SlowLink {
 pub fn calibrate(round_trip: Duration) -> Duration {
     let target = start_echo();
     let link = SlowLink::to(target);
-    let direct = round_trip_of(&[target], 1);
+    let direct = round_trip_to(target);
     let mut delay = round_trip / 2;
     for _ in 0..3 {
         link.set_delay(delay);
-        let longer = round_trip_of(&[link.address()], 1).saturating_sub(direct);
+        let longer = round_trip_to(link.address()).saturating_sub(direct);
         let too_long = longer.saturating_sub(round_trip);
         if too_long < Duration::from_micros(5) {
             break;
@@ -85,19 +85,6 @@ pub fn calibrate(round_trip: Duration) -> Duration {
         delay = delay.saturating_sub(too_long / 2);
     }
     delay
-}
-
-/// From one thread to three others and back from two of them, over links with that delay, or without links:
-/// what a quorum's round trip is here before anybody does anything with what arrives.
-pub fn round_trip_to_two_of_three(one_way: Option<Duration>) -> Duration {
-    let echoes: Vec<_> = (0..3).map(|_| start_echo()).collect();
-    let Some(one_way) = one_way else {
-        return round_trip_of(&echoes, 2);
-    };
-    let links: Vec<_> = echoes.into_iter().map(SlowLink::to).collect();
-    set_all(&links, one_way);
-    let addresses: Vec<_> = links.iter().map(SlowLink::address).collect();
-    round_trip_of(&addresses, 2)
 }
 
 /// Sets all links so that a round trip over each is longer by the same.
@@ -124,58 +111,20 @@ fn echo(mut stream: TcpStream) {
     while stream.read_exact(&mut byte).is_ok() && stream.write_all(&byte).is_ok() {}
 }
 
-/// Until so many of them have answered; the median of many.
-fn round_trip_of(echoes: &[SocketAddr], quorum: usize) -> Duration {
-    let streams = echoes.iter().map(|echo| {
-        let stream = TcpStream::connect(echo).expect("the echo listens");
-        stream.set_nodelay(true).expect("a TCP socket");
-        stream.set_nonblocking(true).expect("a TCP socket");
-        stream
-    });
-    let mut streams: Vec<TcpStream> = streams.collect();
+/// There and back again; the median of many.
+fn round_trip_to(echo: SocketAddr) -> Duration {
+    let mut stream = TcpStream::connect(echo).expect("the echo listens");
+    stream.set_nodelay(true).expect("a TCP socket");
     let mut times: Vec<_> = (0..300)
         .map(|_| {
             let begun = Instant::now();
-            for stream in &mut streams {
-                stream.write_all(b"x").expect("the echo reads");
-            }
-            let mut waiting: Vec<&TcpStream> = streams.iter().collect();
-            let mut quorum_time = None;
-            while !waiting.is_empty() {
-                wait_for_any(&waiting);
-                waiting.retain(|stream| !has_answered(stream));
-                if streams.len() - waiting.len() >= quorum {
-                    quorum_time.get_or_insert_with(|| begun.elapsed());
-                }
-            }
-            quorum_time.expect("all have answered")
+            stream.write_all(b"x").expect("the echo reads");
+            stream.read_exact(&mut [0]).expect("the echo answers");
+            begun.elapsed()
         })
         .collect();
     times.sort();
     times[times.len() / 2]
-}
-
-fn wait_for_any(streams: &[&TcpStream]) {
-    let entry = |stream: &&TcpStream| libc::pollfd {
-        fd: stream.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    let mut polls: Vec<_> = streams.iter().map(entry).collect();
-    // SAFETY: as many entries as are named, which live until the call returns.
-    let ready = unsafe { libc::poll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, -1) };
-    assert!(ready > 0, "poll: {}", std::io::Error::last_os_error());
-}
-
-/// If so, its byte is taken. The stream does not block.
-fn has_answered(mut stream: &TcpStream) -> bool {
-    match stream.read_exact(&mut [0]) {
-        Err(error) if error.kind() == ErrorKind::WouldBlock => false,
-        answered => {
-            answered.expect("the echo answers");
-            true
-        }
-    }
 }
 
 fn start_connection(
