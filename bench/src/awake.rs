@@ -14,22 +14,20 @@ const LATENCY: &str = "/dev/cpu_dma_latency";
 
 /// Until it is dropped.
 pub struct KeepAwake {
-    _latency: Option<File>,
+    _latency: File,
 }
 
 impl KeepAwake {
-    /// Says so where it can't be had: figures are higher then, for every setup.
-    pub fn begin() -> KeepAwake {
+    /// `None`, and a word about it, where it can't be had: figures are higher then, for every setup.
+    pub fn begin() -> Option<KeepAwake> {
         let latency = OpenOptions::new().write(true).open(LATENCY);
         let asked = latency.and_then(|mut file| {
             file.write_all(&0_i32.to_ne_bytes())?;
             Ok(file)
         });
-        if let Err(error) = &asked {
-            eprintln!("hosts: processors are not kept awake: {LATENCY}: {error}");
-        }
-        KeepAwake {
-            _latency: asked.ok(),
-        }
+        asked
+            .map(|latency| KeepAwake { _latency: latency })
+            .inspect_err(|error| eprintln!("processors are not kept awake: {LATENCY}: {error}"))
+            .ok()
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
@@ -56,9 +56,8 @@ pub fn print(dir: &Path) {
     }
 }
 
-/// A segment that is full of zeros to begin with; removed in the end.
+/// A segment that is full of zeros to begin with, and has no name, so that nothing is left of it.
 pub struct Flushed {
-    path: PathBuf,
     file: File,
     block: Vec<u8>,
     offset: u64,
@@ -76,12 +75,12 @@ impl Flushed {
             .truncate(true)
             .open(&path);
         let file = file.expect("could not create a file to flush");
+        std::fs::remove_file(&path).expect("our own file");
         file.write_all_at(&vec![0; Flushed::SEGMENT], 0)
             .expect("could not write");
         file.sync_all().expect("could not flush");
         let (block, offset) = (vec![0x5a; Flushed::LEN], 0);
         Flushed {
-            path,
             file,
             block,
             offset,
@@ -94,11 +93,5 @@ impl Flushed {
         written.expect("could not write");
         self.file.sync_data().expect("could not flush");
         self.offset = (self.offset + Flushed::LEN as u64) % Flushed::SEGMENT as u64;
-    }
-}
-
-impl Drop for Flushed {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
     }
 }

@@ -43,7 +43,8 @@ fn main() {
         [quorum_time::ECHO_VERB, address, dir] => {
             return quorum_time::echo(address, Path::new(dir));
         }
-        _ => {}
+        [] => {}
+        _ => panic!("bench takes no arguments, see scripts/bench: {arguments:?}"),
     }
 
     let options = Options::from_environment();

@@ -10,6 +10,7 @@ use cluster_tests::place::{Programs, TestDir};
 use cluster_tests::process::{Environment, run_ok};
 use serde::Serialize;
 
+use crate::awake::KeepAwake;
 use crate::fsync_time::{self, FlushTime};
 use crate::options::Options;
 use crate::samples::{Samples, Spread};
@@ -23,6 +24,8 @@ pub struct Machine {
     cpu: String,
     kernel: String,
     postgres: String,
+    /// Emulated hosts' processors can be kept awake.
+    awake: bool,
     /// Of the disk that the servers lie on, before they are there.
     flush_ms: FlushTime,
 }
@@ -42,6 +45,7 @@ impl Machine {
             cpu: model.trim_matches([' ', '\t', ':']).to_owned(),
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             postgres: run_ok(version).trim().to_owned(),
+            awake: KeepAwake::begin().is_some(),
             flush_ms: fsync_time::measure(&TestDir::new(), Environment::new()),
         }
     }
@@ -76,11 +80,12 @@ fn text(options: &Options, machine: &Machine, samples: &Samples) -> String {
     let _ = writeln!(
         text,
         "{}, {} × {}, Linux {}. An fdatasync of 8 kB on its disk: {median:.3} ms, p99 {p99:.3} ms. \
-         Rounds: {}, of {} s.",
+         Emulated hosts' processors are {}kept awake. Rounds: {}, of {} s.",
         machine.postgres,
         machine.cpus,
         machine.cpu,
         machine.kernel,
+        if machine.awake { "" } else { "not " },
         options.rounds,
         options.time.as_secs(),
     );
