@@ -153,7 +153,7 @@ unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *
                 // SAFETY: a variable of this process, the end of the commit record just written.
                 hold_acknowledgement(Lsn(unsafe { pg_sys::XactLastCommitEnd }));
             }
-            end_wait();
+            transaction_over();
         }
         XactEvent::XACT_EVENT_PREPARE => {
             if AWAITS_QUORUM.replace(false) {
@@ -162,19 +162,19 @@ unsafe extern "C-unwind" fn on_transaction_event(event: XactEvent::Type, _arg: *
                 // SAFETY: a variable of this process, the beginning of the last record.
                 hold_acknowledgement(Lsn(unsafe { pg_sys::ProcLastRecPtr } + 1));
             }
-            end_wait();
+            transaction_over();
         }
         XactEvent::XACT_EVENT_ABORT => {
             AWAITS_QUORUM.set(false);
             LACKED_NUMBER.set(false);
-            end_wait();
+            transaction_over();
         }
         _ => {}
     }
 }
 
 /// The transaction is over: the worker learns that it is, and what was put off comes.
-fn end_wait() {
+fn transaction_over() {
     let announced = ANNOUNCED.replace(0);
     if announced > 0
         && let Some(hints) = shmem::commit_hints()

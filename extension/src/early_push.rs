@@ -23,7 +23,10 @@
 //! time. The first of them, pushed at once, would make the others wait for a flush of its own; and each
 //! message takes time of the processors here and of each member's. So where sessions mostly come
 //! back soon, and two for each processor are committing, they gather until as many have come as were
-//! released: for two milliseconds at most.
+//! released: for two milliseconds at most. Where they don't come back within that time, since the answer did
+//! not release them or their clients are far, it is left out for a while.
+//!
+//! Both may take a millisecond longer, of which time-outs are made.
 //!
 //! WAL that is not waited for flows too: when much of it has gathered, it is pushed as it is found,
 //! and looked for every few milliseconds while it flows. When nothing is written, nobody looks.
@@ -61,7 +64,7 @@ pub struct Hint {
     pub count: u64,
     /// A commit record follows behind this position.
     pub lsn: Lsn,
-    /// Sessions between their hint and the end of their transaction.
+    /// Hints whose transaction is not over: mostly sessions that wait for the quorum.
     pub committing: u64,
     /// Hints of sessions that had committed just before, since the server started.
     pub prompt: u64,
@@ -135,6 +138,7 @@ pub struct EarlyPush {
     pushed_hints: u64,
     answers: AnswerTimes,
     gathering: Option<Gathering>,
+    vain: Vain,
     missed: Option<Missed>,
     returns: Returns,
     /// Sessions that have to be committing at once for others to be waited for.
@@ -145,7 +149,9 @@ pub struct EarlyPush {
 #[derive(Clone, Copy)]
 struct Gathering {
     until: Duration,
-    /// No longer when there have been so many hints.
+    /// From this many hints on,
+    from: u64,
+    /// until there have been so many.
     hints: u64,
 }
 
@@ -177,12 +183,11 @@ impl Missed {
     }
 }
 
-/// WAL that was pushed early, to the end of a record.
+/// WAL that was pushed early: all that there was.
 struct Pushed {
+    /// Mostly the end of a record; if it is not, no answer is one to all of it.
     end_lsn: Lsn,
     at: Duration,
-    /// That had come since the push before.
-    hints: u64,
 }
 
 /// How things stand when the question is whether to push. Times are since some moment.
@@ -237,6 +242,7 @@ impl EarlyPush {
             pushed_hints: hint.count,
             answers: AnswerTimes::default(),
             gathering: None,
+            vain: Vain::default(),
             missed: None,
             returns: Returns::new(hint),
             crowd: processors as u64 * CROWD_PER_PROCESSOR,
@@ -292,23 +298,26 @@ impl EarlyPush {
         has_come && insert_lsn > it.needs_no_look()
     }
 
-    /// What was due has been sent, up to `sent_lsn`, to those who could take it.
-    pub fn pushed(&mut self, it: &Situation, sent_lsn: Lsn) {
-        if sent_lsn > it.sent_lsn {
-            self.last = Some(Pushed {
-                end_lsn: sent_lsn,
-                at: it.now,
-                hints: it.hint.count - self.pushed_hints,
-            });
-            self.pushed_hints = it.hint.count;
-            self.gathering = None;
-        } else {
+    /// What was due, up to `due_lsn`, has been sent to those who could take it, up to `sent_lsn`.
+    pub fn pushed(&mut self, it: &Situation, due_lsn: Lsn, sent_lsn: Lsn) {
+        if sent_lsn <= it.sent_lsn {
             // Nobody could. Sockets that have room again wake the worker; then it looks.
             self.missed = Some(Missed::new(it.needs_no_look(), it.now));
+            return;
+        }
+        // The rest, from within a record, is not to wait for an answer to the first part.
+        self.last = (sent_lsn >= due_lsn).then_some(Pushed {
+            end_lsn: sent_lsn,
+            at: it.now,
+        });
+        self.pushed_hints = it.hint.count;
+        if let Some(gathering) = self.gathering.take() {
+            self.vain.ended(&gathering, it);
         }
     }
 
-    /// Little that has come since the last push is to be sent yet: the members flush, or more is coming.
+    /// What little has come since the last push is not to be sent yet, even if it is flushed: the members flush,
+    /// or more is coming.
     pub fn holds_back(&self, it: &Situation) -> bool {
         let flushed = it.flush_lsn.saturating_distance_from(it.sent_lsn);
         flushed < BULK && self.pause(it).is_some()
@@ -320,7 +329,7 @@ impl EarlyPush {
             let hints = u64::MAX;
             return Some(Pause { time, hints });
         }
-        let Gathering { until, hints } = self.gathering?;
+        let Gathering { until, hints, .. } = self.gathering?;
         let time = until.checked_sub(it.now)?;
         let is_over = time.is_zero() || it.hint.count >= hints;
         (!is_over).then_some(Pause { time, hints })
@@ -350,11 +359,15 @@ impl EarlyPush {
         let is_crowd = it.hint.committing >= self.crowd && self.returns.are_prompt;
         // One after another is over: nobody is to be held back longer and longer.
         let is_gathering = self.gathering.is_some_and(|now| it.now < now.until);
-        if is_answered && is_crowd && !is_gathering && !self.answers.are_far(it.round_trip) {
-            let released = last.hints.min(it.hint.committing);
+        let is_worth_it = is_answered && is_crowd && !is_gathering;
+        if is_worth_it && !self.answers.are_far(it.round_trip) && self.vain.allows_another() {
+            // Those of `committing` whose record has not been pushed come with the next push.
+            let waiting = it.hint.count - self.pushed_hints + u64::from(self.missed.is_some());
+            let from = it.hint.count;
             self.gathering = Some(Gathering {
                 until: it.now + GATHERING_MAX,
-                hints: it.hint.count + released,
+                from,
+                hints: from + it.hint.committing.saturating_sub(waiting),
             });
         }
     }
@@ -366,6 +379,34 @@ impl EarlyPush {
         // After a pause there is a look in any case.
         let missed = self.missed.as_ref().filter(|_| self.pause(it).is_none());
         flows.or(missed.map(|missed| ceil_ms(missed.next_look.saturating_sub(now))))
+    }
+}
+
+/// Gatherings in which not even half of those came who were waited for. The next ones are left out: one, two, four
+/// and so on.
+#[derive(Default)]
+struct Vain {
+    left_out: u32,
+    to_leave_out: u32,
+}
+
+impl Vain {
+    const MAX: u32 = 64;
+
+    fn ended(&mut self, gathering: &Gathering, it: &Situation) {
+        let joined = it.hint.count - gathering.from;
+        if joined * 2 >= gathering.hints - gathering.from {
+            *self = Vain::default();
+        } else if it.now >= gathering.until {
+            self.left_out = (self.left_out * 2).clamp(1, Vain::MAX);
+            self.to_leave_out = self.left_out;
+        }
+    }
+
+    fn allows_another(&mut self) -> bool {
+        let allows = self.to_leave_out == 0;
+        self.to_leave_out = self.to_leave_out.saturating_sub(1);
+        allows
     }
 }
 
@@ -518,7 +559,7 @@ mod tests {
             ..all_flushed
         };
         assert!(early.is_due(it, || Lsn(9 * BULK)));
-        early.pushed(&it, it.sent_lsn);
+        early.pushed(&it, Lsn(2001), it.sent_lsn);
         let mut looks = 0;
         while let Some(ms) = early.next_look_ms(&it) {
             it.now += Duration::from_millis(ms.max(1));
@@ -539,7 +580,7 @@ mod tests {
         };
         let it = situation(two, at(1000));
         assert!(early.is_due(it, || Lsn(1500)), "one of two");
-        early.pushed(&it, Lsn(1500));
+        early.pushed(&it, Lsn(1500), Lsn(1500));
         let later = Situation {
             sent_lsn: Lsn(1500),
             ..situation(two, at(5000))
@@ -627,7 +668,7 @@ mod tests {
         let come = || Lsn(2001);
         let it = situation(one, at(1000));
         assert!(early.is_due(it, come));
-        early.pushed(&it, it.sent_lsn);
+        early.pushed(&it, Lsn(2001), it.sent_lsn);
         assert_eq!(early.pause(&it), None);
         assert_eq!(early.next_look_ms(&it), Some(1));
         assert!(early.is_due(situation(one, at(1100)), come));
@@ -637,7 +678,7 @@ mod tests {
     fn while_the_members_flush_commits_gather() {
         let mut early = EarlyPush::new(NOTHING, 2);
         early.answered(at(300), &situation(NOTHING, at(900)));
-        early.pushed(&situation(NOTHING, at(1000)), Lsn(1100));
+        early.pushed(&situation(NOTHING, at(1000)), Lsn(1100), Lsn(1100));
         let one = Hint {
             count: 8,
             lsn: Lsn(2000),
@@ -651,7 +692,7 @@ mod tests {
         };
         assert!(early.is_due(answered, come), "the hint has waited");
         // An answer that is late is not waited for.
-        early.pushed(&situation(one, at(1200)), Lsn(2001));
+        early.pushed(&situation(one, at(1200)), Lsn(2001), Lsn(2001));
         let next = Hint { count: 9, ..one };
         assert!(!early.is_due(situation(next, at(1499)), come));
         assert!(early.is_due(situation(next, at(1500)), come));
@@ -680,7 +721,7 @@ mod tests {
         let push = |early: &mut EarlyPush, count, us| {
             let it = situation(crowd(3, count), at(us));
             assert!(early.is_due(it, come));
-            early.pushed(&it, Lsn(2001));
+            early.pushed(&it, Lsn(2001), Lsn(2001));
         };
         push(&mut early, 100, 0);
         push(&mut early, 103, 1000);
@@ -708,6 +749,64 @@ mod tests {
         let seldom = answered(seldom, 5300);
         early.answered(at(300), &seldom);
         assert_eq!(early.pause(&seldom), None);
+    }
+
+    #[test]
+    fn who_was_not_pushed_is_not_waited_for() {
+        let mut early = EarlyPush::new(crowd(0, 0), 2);
+        // The record of one of four has not come when they are pushed.
+        let it = situation(crowd(4, 104), at(1000));
+        assert!(early.is_due(it, || Lsn(1999)));
+        early.pushed(&it, Lsn(1999), Lsn(1999));
+        let answered = Situation {
+            commit_lsn: Lsn(1999),
+            sent_lsn: Lsn(1999),
+            ..situation(crowd(4, 104), at(1300))
+        };
+        early.answered(at(300), &answered);
+        let pause = early.pause(&answered);
+        assert_eq!(pause.map(|pause| pause.hints), Some(107));
+    }
+
+    #[test]
+    fn what_was_cut_off_does_not_wait_for_an_answer() {
+        let mut early = EarlyPush::new(NOTHING, 2);
+        early.answered(at(300), &situation(NOTHING, at(900)));
+        let it = situation(NOTHING, at(1000));
+        early.pushed(&it, Lsn(5000), Lsn(4000));
+        assert_eq!(early.pause(&it), None);
+        early.pushed(&it, Lsn(5000), Lsn(5000));
+        assert!(early.pause(&it).is_some());
+    }
+
+    #[test]
+    fn gatherings_in_vain_are_left_out_more_and_more() {
+        let mut early = EarlyPush::new(crowd(0, 0), 2);
+        let (mut count, mut us) = (100, 0);
+        // Is there one after a push and its answer? So many come before the next push.
+        let mut gathers = |come: u64| {
+            let it = situation(crowd(4, count), at(us));
+            assert!(early.is_due(it, || Lsn(2001)));
+            early.pushed(&it, Lsn(2001), Lsn(2001));
+            us += 300;
+            let answered = Situation {
+                commit_lsn: Lsn(2001),
+                ..situation(crowd(4, count), at(us))
+            };
+            early.answered(at(300), &answered);
+            us += 2500;
+            count += come;
+            early.pause(&answered).is_some()
+        };
+        let mut left_out = || (0..).take_while(|_| !gathers(1)).count();
+        assert_eq!(left_out(), 0);
+        assert_eq!([left_out(), left_out(), left_out()], [1, 2, 4]);
+        let most = (0..8).map(|_| left_out()).max();
+        assert_eq!(most, Some(Vain::MAX as usize));
+        // Half of them are enough for it to be worth while.
+        while !gathers(2) {}
+        assert!(gathers(1), "that one was worth while");
+        assert!(!gathers(1), "this one was not");
     }
 
     #[test]

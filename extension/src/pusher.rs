@@ -96,7 +96,7 @@ pub struct Pusher {
     /// Flushed here, when the last turn looked.
     flush_lsn: Lsn,
     /// The last turn left WAL unsent that is flushed here, because of a pause.
-    holds_back: bool,
+    left_flushed: bool,
     /// News of the last commit goes out by itself from then on.
     news_due_ms: u64,
     /// To the last member of the nearest majority and back.
@@ -233,7 +233,7 @@ impl Pusher {
             is_streaming: false,
             more_to_send: false,
             flush_lsn: Lsn::INVALID,
-            holds_back: false,
+            left_flushed: false,
             news_due_ms: 0,
             round_trip: Duration::ZERO,
             wal_moved: false,
@@ -306,10 +306,11 @@ impl Pusher {
         let news_ms = self.next_news_ms().unwrap_or(u64::MAX);
         let due = [self.next_tick_ms(), self.publish_due_ms(), news_ms];
         let next_ms = dials.chain(feeds).chain(due).fold(u64::MAX, u64::min);
-        let look_ms = self.early_push.next_look_ms(&self.situation());
+        let looks = self.pushes_early();
+        let look_ms = looks.then(|| self.early_push.next_look_ms(&self.situation()));
         next_ms
             .saturating_sub(self.now_ms())
-            .min(look_ms.unwrap_or(u64::MAX))
+            .min(look_ms.flatten().unwrap_or(u64::MAX))
     }
 
     fn next_tick_ms(&self) -> u64 {

@@ -116,8 +116,10 @@ pub extern "C-unwind" fn walproposer_main(_arg: pg_sys::Datum) {
         } else {
             line.idle_ms(wants_last_sender)
         };
+        // First, lest it ends between the two: without one there may be a look to take.
+        let pause = pusher.pause();
         let timeout_ms = pusher.idle_ms().min(limit);
-        let timeout_ms = if let Some(pause) = pusher.pause() {
+        let timeout_ms = if let Some(pause) = pause {
             wal_sender_slot::sleep_through_flushes();
             hints.inspect(|hints| hints.listen_from(pause.hints));
             match shmem::latest_hint().count < pause.hints {

@@ -3,7 +3,7 @@
 //!
 //! WAL goes out before it is flushed here, as soon as it is worth a message (`early_push.rs`): the
 //! members flush it at the same time as this server does. What is flushed here goes out at once, unless
-//! it would only wait at the members.
+//! it would only wait at the members, or more is coming.
 //!
 //! News of a commit travels with the next WAL. Where none follows, it goes by itself after a moment; at
 //! once if somebody waits already for standbys to replay.
@@ -42,7 +42,8 @@ impl Pusher {
             }
         }
         if let Some(situation) = early {
-            self.early_push.pushed(&situation, self.positions.sent_lsn);
+            let sent_lsn = self.positions.sent_lsn;
+            self.early_push.pushed(&situation, local.end_lsn, sent_lsn);
         }
     }
 
@@ -63,7 +64,7 @@ impl Pusher {
         self.flush_lsn = flush_lsn;
         let situation = self.situation();
         let mut early = None;
-        self.holds_back = false;
+        self.left_flushed = false;
         if self.pushes_early()
             && let Some(buffers) = &self.local_wal.buffers
         {
@@ -71,7 +72,7 @@ impl Pusher {
                 end_lsn = end_lsn.max(buffers.inserted_lsn());
                 early = Some(situation);
             } else if self.early_push.holds_back(&situation) {
-                self.holds_back = end_lsn > sent_lsn;
+                self.left_flushed = end_lsn > sent_lsn;
                 end_lsn = sent_lsn;
             }
         }
@@ -79,7 +80,7 @@ impl Pusher {
     }
 
     /// WAL is pushed before it is flushed, when that is due.
-    fn pushes_early(&self) -> bool {
+    pub(super) fn pushes_early(&self) -> bool {
         self.local_wal.buffers.is_some()
             && !self.local_wal.prefers_files
             && self.standby_end_lsn.is_none()
@@ -117,6 +118,9 @@ impl Pusher {
 
     /// Nothing is to be sent before the members answer, which will wake us, or more commits come.
     pub fn pause(&self) -> Option<Pause> {
+        if !self.pushes_early() {
+            return None;
+        }
         let situation = self.situation();
         self.early_push.pause(&situation)
     }
@@ -124,7 +128,7 @@ impl Pusher {
     /// A commit was announced while something else was done, or what was held back need not be any more.
     pub fn has_work(&self) -> bool {
         let situation = self.situation();
-        self.holds_back || self.pushes_early() && self.early_push.has_hint(&situation)
+        self.left_flushed || self.pushes_early() && self.early_push.has_hint(&situation)
     }
 
     fn send(&mut self, at: usize, local: LocalWal) -> Result<(), String> {
