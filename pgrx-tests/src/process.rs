@@ -97,6 +97,10 @@ impl Process {
         }
         self.signal(libc::SIGSTOP);
         let children = children_of(self.id());
+        // All stand still before the first is gone: a child that notices its parent's end has a last word.
+        for child in &children {
+            send_signal(*child, libc::SIGSTOP);
+        }
         self.signal(libc::SIGKILL);
         for child in &children {
             send_signal(*child, libc::SIGKILL);
