@@ -188,6 +188,8 @@ struct Pushed {
     /// Mostly the end of a record; if it is not, no answer is one to all of it.
     end_lsn: Lsn,
     at: Duration,
+    /// That had come since the push before.
+    hints: u64,
 }
 
 /// How things stand when the question is whether to push. Times are since some moment.
@@ -301,14 +303,18 @@ impl EarlyPush {
     /// What was due, up to `due_lsn`, has been sent to those who could take it, up to `sent_lsn`.
     pub fn pushed(&mut self, it: &Situation, due_lsn: Lsn, sent_lsn: Lsn) {
         if sent_lsn <= it.sent_lsn {
-            // Nobody could. Sockets that have room again wake the worker; then it looks.
-            self.missed = Some(Missed::new(it.needs_no_look(), it.now));
+            // Nobody could, unless it had been sent with a push before. Sockets that have room again wake the
+            // worker; then it looks.
+            if due_lsn > sent_lsn {
+                self.missed = Some(Missed::new(it.needs_no_look(), it.now));
+            }
             return;
         }
         // The rest, from within a record, is not to wait for an answer to the first part.
         self.last = (sent_lsn >= due_lsn).then_some(Pushed {
             end_lsn: sent_lsn,
             at: it.now,
+            hints: it.hint.count - self.pushed_hints,
         });
         self.pushed_hints = it.hint.count;
         if let Some(gathering) = self.gathering.take() {
@@ -357,17 +363,20 @@ impl EarlyPush {
         let Some(last) = &self.last else { return };
         let is_answered = it.commit_lsn >= last.end_lsn;
         let is_crowd = it.hint.committing >= self.crowd && self.returns.are_prompt;
-        // One after another is over: nobody is to be held back longer and longer.
-        let is_gathering = self.gathering.is_some_and(|now| it.now < now.until);
-        let is_worth_it = is_answered && is_crowd && !is_gathering;
+        // One after another is over, and what it held back is sent: nobody is to be held back longer and longer.
+        let is_open = |now: Gathering| it.now < now.until || it.hint.count > now.from;
+        let is_gathering = self.gathering.is_some_and(is_open);
+        // At most those that were pushed. Of the others that are committing some come with the next push, about
+        // so many, and some wait for something else.
+        let waiting = it.hint.count - self.pushed_hints + u64::from(self.missed.is_some());
+        let released = last.hints.min(it.hint.committing.saturating_sub(waiting));
+        let is_worth_it = is_answered && is_crowd && !is_gathering && released > 0;
         if is_worth_it && !self.answers.are_far(it.round_trip) && self.vain.allows_another() {
-            // Those of `committing` whose record has not been pushed come with the next push.
-            let waiting = it.hint.count - self.pushed_hints + u64::from(self.missed.is_some());
             let from = it.hint.count;
             self.gathering = Some(Gathering {
                 until: it.now + GATHERING_MAX,
                 from,
-                hints: from + it.hint.committing.saturating_sub(waiting),
+                hints: from + released,
             });
         }
     }
@@ -769,6 +778,27 @@ mod tests {
     }
 
     #[test]
+    fn who_waits_for_something_else_is_not_waited_for() {
+        let mut early = EarlyPush::new(crowd(0, 0), 2);
+        let push = |early: &mut EarlyPush, hint, us| {
+            let it = situation(hint, at(us));
+            assert!(early.is_due(it, || Lsn(2001)));
+            early.pushed(&it, Lsn(2001), Lsn(2001));
+        };
+        push(&mut early, crowd(30, 101), 0);
+        // Of thirty that are committing three were pushed now, the others long ago.
+        push(&mut early, crowd(30, 104), 1000);
+        let answered = Situation {
+            commit_lsn: Lsn(2001),
+            sent_lsn: Lsn(2001),
+            ..situation(crowd(30, 104), at(1300))
+        };
+        early.answered(at(300), &answered);
+        let pause = early.pause(&answered);
+        assert_eq!(pause.map(|pause| pause.hints), Some(107));
+    }
+
+    #[test]
     fn what_was_cut_off_does_not_wait_for_an_answer() {
         let mut early = EarlyPush::new(NOTHING, 2);
         early.answered(at(300), &situation(NOTHING, at(900)));
@@ -783,15 +813,17 @@ mod tests {
     fn gatherings_in_vain_are_left_out_more_and_more() {
         let mut early = EarlyPush::new(crowd(0, 0), 2);
         let (mut count, mut us) = (100, 0);
-        // Is there one after a push and its answer? So many come before the next push.
+        // Is there one after a push and its answer, which releases eight? Eight others come while the members
+        // flush, so many then.
         let mut gathers = |come: u64| {
-            let it = situation(crowd(4, count), at(us));
+            let it = situation(crowd(16, count), at(us));
             assert!(early.is_due(it, || Lsn(2001)));
             early.pushed(&it, Lsn(2001), Lsn(2001));
             us += 300;
+            count += 8;
             let answered = Situation {
                 commit_lsn: Lsn(2001),
-                ..situation(crowd(4, count), at(us))
+                ..situation(crowd(16, count), at(us))
             };
             early.answered(at(300), &answered);
             us += 2500;
@@ -804,7 +836,7 @@ mod tests {
         let most = (0..8).map(|_| left_out()).max();
         assert_eq!(most, Some(Vain::MAX as usize));
         // Half of them are enough for it to be worth while.
-        while !gathers(2) {}
+        while !gathers(4) {}
         assert!(gathers(1), "that one was worth while");
         assert!(!gathers(1), "this one was not");
     }
