@@ -7,7 +7,7 @@ use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use cluster_tests::place::TestDir;
 use cluster_tests::process::{Environment, run_ok};
@@ -25,35 +25,41 @@ pub const VERB: &str = "fsync-time";
 pub fn measure(dir: &TestDir, environment: Environment) -> FlushTime {
     let mut command = Command::new(std::env::current_exe().expect("our own program"));
     command.arg(VERB).arg(dir.path()).envs(environment);
+    let [median, p99] = two_times(command);
+    FlushTime { median, p99 }
+}
+
+/// The milliseconds that a child tells of by [`print_percentiles`].
+pub fn two_times(command: Command) -> [f64; 2] {
     let output = run_ok(command);
     let mut times = output.lines().map(|line| {
         let us: f64 = line.parse().expect("the child prints numbers");
         us / 1000.0
     });
     let mut next = || times.next().expect("the child prints two numbers");
-    FlushTime {
-        median: next(),
-        p99: next(),
+    [next(), next()]
+}
+
+/// In microseconds, a line for each.
+pub fn print_percentiles(mut times: Vec<Duration>, percents: &[usize]) {
+    times.sort();
+    for percent in percents {
+        let time = times[times.len() * percent / 100];
+        println!("{:.1}", time.as_secs_f64() * 1e6);
     }
 }
 
 /// What the child does.
 pub fn print(dir: &Path) {
     let mut flushed = Flushed::create(dir);
-    let mut times: Vec<_> = (0..400)
+    let times = (0..400)
         .map(|_| {
             let begun = Instant::now();
             flushed.flush();
             begun.elapsed()
         })
         .collect();
-    times.sort();
-    for share in [50, 99] {
-        println!(
-            "{:.1}",
-            times[times.len() * share / 100].as_secs_f64() * 1e6
-        );
-    }
+    print_percentiles(times, &[50, 99]);
 }
 
 /// A segment that is full of zeros to begin with, and has no name, so that nothing is left of it.

@@ -31,7 +31,7 @@ use cluster_tests::slow_disk::SlowDisk;
 pub const PART: &str = "hosts";
 
 /// In microseconds.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 pub struct Point {
     primary_flush: u64,
     round_trip: u64,
@@ -123,13 +123,8 @@ fn measure_there(options: &Options, hosts: Hosts, points: &[Point], samples: &mu
                     let run = run(&mut setups, kind, *point, times, *clients, options.time);
                     runs.push((kind, run));
                 }
-                add(
-                    samples,
-                    round,
-                    &format!("{point} ms, {clients}"),
-                    times,
-                    &runs,
-                );
+                let name = format!("{point} ms, {clients}");
+                add(samples, round, &name, times, &runs);
             }
         }
     }

@@ -20,10 +20,10 @@ use std::time::{Duration, Instant};
 
 use cluster_tests::place::{TestDir, unused_address};
 use cluster_tests::poll::{SOON, wait_until};
-use cluster_tests::process::{Process, run_ok};
+use cluster_tests::process::Process;
 use cluster_tests::slow_disk::SlowDisk;
 
-use crate::fsync_time::Flushed;
+use crate::fsync_time::{Flushed, print_percentiles, two_times};
 use crate::slow_link::{SlowLink, set_all};
 
 /// In milliseconds.
@@ -66,16 +66,8 @@ pub fn measure(
     command.arg(VERB).arg(dir.path());
     command.args(reached.iter().map(SocketAddr::to_string));
     command.envs(primary.environment());
-    let output = run_ok(command);
-    let mut times = output.lines().map(|line| {
-        let us: f64 = line.parse().expect("the child prints numbers");
-        us / 1000.0
-    });
-    let mut next = || times.next().expect("the child prints two numbers");
-    QuorumTimes {
-        members: next(),
-        both: next(),
-    }
+    let [members, both] = two_times(command);
+    QuorumTimes { members, both }
 }
 
 fn start_echo(dir: &TestDir, address: SocketAddr, disk: &SlowDisk) -> Process {
@@ -124,9 +116,8 @@ pub fn print(dir: &Path, addresses: &[&str]) {
         members.push(time_of_quorum(&streams, || {}));
         both.push(time_of_quorum(&streams, || flushed.flush()));
     }
-    for mut times in [members, both] {
-        times.sort();
-        println!("{:.1}", times[times.len() / 2].as_secs_f64() * 1e6);
+    for times in [members, both] {
+        print_percentiles(times, &[50]);
     }
 }
 

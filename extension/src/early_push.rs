@@ -717,23 +717,28 @@ mod tests {
         }
     }
 
-    #[test]
-    fn those_who_come_back_soon_gather_where_many_commit() {
-        let mut early = EarlyPush::new(crowd(0, 0), 2);
-        let come = || Lsn(2001);
-        let answered = |hint, us| Situation {
+    /// What there is is due, and goes out.
+    fn push(early: &mut EarlyPush, hint: Hint, us: u64) {
+        let it = situation(hint, at(us));
+        assert!(early.is_due(it, || Lsn(2001)));
+        early.pushed(&it, Lsn(2001), Lsn(2001));
+    }
+
+    /// All that was pushed is committed.
+    fn answered(hint: Hint, us: u64) -> Situation {
+        Situation {
             commit_lsn: Lsn(2001),
             sent_lsn: Lsn(2001),
             ..situation(hint, at(us))
-        };
+        }
+    }
+
+    #[test]
+    fn those_who_come_back_soon_gather_where_many_commit() {
+        let mut early = EarlyPush::new(crowd(0, 0), 2);
         // Three commits go out together, and are answered when a fourth is there.
-        let push = |early: &mut EarlyPush, count, us| {
-            let it = situation(crowd(3, count), at(us));
-            assert!(early.is_due(it, come));
-            early.pushed(&it, Lsn(2001), Lsn(2001));
-        };
-        push(&mut early, 100, 0);
-        push(&mut early, 103, 1000);
+        push(&mut early, crowd(3, 100), 0);
+        push(&mut early, crowd(3, 103), 1000);
         let four = answered(crowd(4, 104), 1300);
         early.answered(at(300), &four);
         assert!(!early.is_due(four, || Lsn(3000)), "those three come soon");
@@ -745,12 +750,12 @@ mod tests {
         assert_eq!(early.pause(&answered(crowd(4, 106), 3300)), None);
         assert!(early.is_due(answered(crowd(4, 107), 1400), || Lsn(3000)));
         // Nobody is waited for when few commit,
-        push(&mut early, 110, 4000);
+        push(&mut early, crowd(3, 110), 4000);
         let three = answered(crowd(3, 111), 4300);
         early.answered(at(300), &three);
         assert_eq!(early.pause(&three), None);
         // nor when most take their time.
-        push(&mut early, 213, 5000);
+        push(&mut early, crowd(3, 213), 5000);
         let seldom = Hint {
             prompt: 55 + 51,
             ..crowd(9, 214)
@@ -780,19 +785,10 @@ mod tests {
     #[test]
     fn who_waits_for_something_else_is_not_waited_for() {
         let mut early = EarlyPush::new(crowd(0, 0), 2);
-        let push = |early: &mut EarlyPush, hint, us| {
-            let it = situation(hint, at(us));
-            assert!(early.is_due(it, || Lsn(2001)));
-            early.pushed(&it, Lsn(2001), Lsn(2001));
-        };
         push(&mut early, crowd(30, 101), 0);
         // Of thirty that are committing three were pushed now, the others long ago.
         push(&mut early, crowd(30, 104), 1000);
-        let answered = Situation {
-            commit_lsn: Lsn(2001),
-            sent_lsn: Lsn(2001),
-            ..situation(crowd(30, 104), at(1300))
-        };
+        let answered = answered(crowd(30, 104), 1300);
         early.answered(at(300), &answered);
         let pause = early.pause(&answered);
         assert_eq!(pause.map(|pause| pause.hints), Some(107));
@@ -816,15 +812,10 @@ mod tests {
         // Is there one after a push and its answer, which releases eight? Eight others come while the members
         // flush, so many then.
         let mut gathers = |come: u64| {
-            let it = situation(crowd(16, count), at(us));
-            assert!(early.is_due(it, || Lsn(2001)));
-            early.pushed(&it, Lsn(2001), Lsn(2001));
+            push(&mut early, crowd(16, count), us);
             us += 300;
             count += 8;
-            let answered = Situation {
-                commit_lsn: Lsn(2001),
-                ..situation(crowd(16, count), at(us))
-            };
+            let answered = answered(crowd(16, count), us);
             early.answered(at(300), &answered);
             us += 2500;
             count += come;

@@ -306,11 +306,12 @@ impl Pusher {
         let news_ms = self.next_news_ms().unwrap_or(u64::MAX);
         let due = [self.next_tick_ms(), self.publish_due_ms(), news_ms];
         let next_ms = dials.chain(feeds).chain(due).fold(u64::MAX, u64::min);
-        let looks = self.pushes_early();
-        let look_ms = looks.then(|| self.early_push.next_look_ms(&self.situation()));
+        let look_ms = self
+            .early_push()
+            .and_then(|early_push| early_push.next_look_ms(&self.situation()));
         next_ms
             .saturating_sub(self.now_ms())
-            .min(look_ms.flatten().unwrap_or(u64::MAX))
+            .min(look_ms.unwrap_or(u64::MAX))
     }
 
     fn next_tick_ms(&self) -> u64 {

@@ -73,14 +73,31 @@ impl Process {
 
     /// As if the host stood still: process and children stop where they are.
     pub fn pause(&self) {
-        // The parent first, lest it starts a child behind our back.
-        self.signal(libc::SIGSTOP);
-        for child in children_of(self.id()) {
-            send_signal(child, libc::SIGSTOP);
-        }
+        self.stop_all();
         wait_until("the process stands still", SOON, || {
             state_of(self.id()) == Some('T')
         });
+    }
+
+    /// Returns the children, which are stopped too.
+    fn stop_all(&self) -> Vec<u32> {
+        // The parent first, lest it starts a child behind our back.
+        self.signal(libc::SIGSTOP);
+        let children = children_of(self.id());
+        for child in &children {
+            send_signal(*child, libc::SIGSTOP);
+        }
+        children
+    }
+
+    /// All stand still before the first is gone: a child that notices its parent's end has a last word.
+    fn kill_all(&self) -> Vec<u32> {
+        let children = self.stop_all();
+        self.signal(libc::SIGKILL);
+        for child in &children {
+            send_signal(*child, libc::SIGKILL);
+        }
+        children
     }
 
     pub fn resume(&self) {
@@ -95,16 +112,7 @@ impl Process {
         if self.ended().is_some() {
             return;
         }
-        self.signal(libc::SIGSTOP);
-        let children = children_of(self.id());
-        // All stand still before the first is gone: a child that notices its parent's end has a last word.
-        for child in &children {
-            send_signal(*child, libc::SIGSTOP);
-        }
-        self.signal(libc::SIGKILL);
-        for child in &children {
-            send_signal(*child, libc::SIGKILL);
-        }
+        let children = self.kill_all();
         self.wait(SOON);
         // They are not our children, so their ends are read from /proc. In some containers nobody
         // reaps them, and they stay there as zombies, which hold nothing.
@@ -139,12 +147,7 @@ impl Drop for Process {
         }
         // A second panic would end the program before the other processes are ended.
         if matches!(self.child.try_wait(), Ok(None)) {
-            self.signal(libc::SIGSTOP);
-            let children = children_of(self.id());
-            self.signal(libc::SIGKILL);
-            children
-                .into_iter()
-                .for_each(|child| send_signal(child, libc::SIGKILL));
+            self.kill_all();
             let _ = self.child.wait();
         }
     }

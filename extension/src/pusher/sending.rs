@@ -13,7 +13,7 @@ use std::time::Duration;
 use safekeeper_protocol::{Append, LocalWal, Lsn, PeerIdx};
 
 use super::{Member, Pusher, millis, thread_panicked};
-use crate::early_push::{Pause, Situation};
+use crate::early_push::{EarlyPush, Pause, Situation};
 use crate::feed::FeedPanicked;
 use crate::local_wal::Origins;
 use crate::{postgres, settings, shmem};
@@ -80,11 +80,16 @@ impl Pusher {
     }
 
     /// WAL is pushed before it is flushed, when that is due.
-    pub(super) fn pushes_early(&self) -> bool {
+    fn pushes_early(&self) -> bool {
         self.local_wal.buffers.is_some()
             && !self.local_wal.prefers_files
             && self.standby_end_lsn.is_none()
             && self.proposer.is_leading()
+    }
+
+    /// If that is done at all.
+    pub(super) fn early_push(&self) -> Option<&EarlyPush> {
+        self.pushes_early().then_some(&self.early_push)
     }
 
     pub(super) fn situation(&self) -> Situation {
@@ -118,17 +123,13 @@ impl Pusher {
 
     /// Nothing is to be sent before the members answer, which will wake us, or more commits come.
     pub fn pause(&self) -> Option<Pause> {
-        if !self.pushes_early() {
-            return None;
-        }
-        let situation = self.situation();
-        self.early_push.pause(&situation)
+        self.early_push()?.pause(&self.situation())
     }
 
     /// A commit was announced while something else was done, or what was held back need not be any more.
     pub fn has_work(&self) -> bool {
-        let situation = self.situation();
-        self.left_flushed || self.pushes_early() && self.early_push.has_hint(&situation)
+        let has_hint = |early_push: &EarlyPush| early_push.has_hint(&self.situation());
+        self.left_flushed || self.early_push().is_some_and(has_hint)
     }
 
     fn send(&mut self, at: usize, local: LocalWal) -> Result<(), String> {
