@@ -74,6 +74,7 @@ fn a_reload_decides_anew() {
     let case = Case::start("wait").pause(&mut random());
     case.wait_deposed();
     case.set("read_only");
+    case.wait_read_only();
     wait_until("it is read-only", SOON, || {
         case.refusal("insert into other values (1)").is_some()
     });
@@ -320,9 +321,17 @@ impl Case {
     }
 
     fn wait_deposed(&self) {
-        wait_until("the log says that it is deposed", SOON, || {
-            let log = self.cluster.primary.log_since_start();
-            log.contains("no commit is acknowledged here any more")
+        self.wait_logged("no commit is acknowledged here any more");
+    }
+
+    /// A write before this would wait for the quorum, for ever.
+    fn wait_read_only(&self) {
+        self.wait_logged("this server is read-only from here on");
+    }
+
+    fn wait_logged(&self, text: &str) {
+        wait_until(&format!("the log says {text:?}"), SOON, || {
+            self.cluster.primary.log_since_start().contains(text)
         });
     }
 
@@ -349,6 +358,7 @@ impl Case {
 
     fn expect_read_only(mut self) {
         self.wait_deposed();
+        self.wait_read_only();
         wait_until("a write is refused", SOON, || {
             self.refusal("insert into other values (1)").as_deref() == Some("25006")
         });
