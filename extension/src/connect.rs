@@ -41,6 +41,13 @@ pub enum ConnectError {
     Handshake(#[from] WireError),
 }
 
+impl ConnectError {
+    /// The host answers, and nobody listens there.
+    fn is_refused(&self) -> bool {
+        matches!(self, ConnectError::Connect(error) if error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+}
+
 /// A connection on which the next byte is a message of the codec.
 pub struct Connected {
     pub stream: Channel,
@@ -51,7 +58,11 @@ pub struct Connected {
 /// Outcome of dialling on a thread.
 pub enum Dialled {
     Connected(Connected),
-    Failed(String),
+    Failed {
+        reason: String,
+        /// The host answers, and nobody listens there.
+        refused: bool,
+    },
     /// The thread panicked: a defect of ours, on which the worker ends.
     Panicked(String),
 }
@@ -102,17 +113,16 @@ pub fn connect_in_background(dial: Dial, waker: Waker) -> io::Result<Receiver<Di
     let (outcome, receiver) = bounded(1);
     let panicked = (outcome.clone(), waker.clone());
     let body = move || {
-        let connected =
-            connect(&dial)
-                .map_err(|error| error.to_string())
-                .and_then(|mut connected| {
-                    let unblocked = connected.stream.set_nonblocking(true);
-                    unblocked
-                        .map(|()| connected)
-                        .map_err(|error| error.to_string())
-                });
+        let connected = connect(&dial).and_then(|mut connected| {
+            let unblocked = connected.stream.set_nonblocking(true);
+            unblocked.map(|()| connected).map_err(ConnectError::Connect)
+        });
+        let failed = |error: ConnectError| Dialled::Failed {
+            reason: error.to_string(),
+            refused: error.is_refused(),
+        };
         // If the receiver is gone, nobody wants the connection any more.
-        let _ = outcome.send(connected.map_or_else(Dialled::Failed, Dialled::Connected));
+        let _ = outcome.send(connected.map_or_else(failed, Dialled::Connected));
         waker.wake();
     };
     threads::spawn("connect".to_owned(), body, move |text| {
@@ -149,7 +159,7 @@ mod tests {
             .expect("an outcome")
         {
             Dialled::Connected(_) => panic!("connected"),
-            Dialled::Failed(text) | Dialled::Panicked(text) => text,
+            Dialled::Failed { reason: text, .. } | Dialled::Panicked(text) => text,
         }
     }
 

@@ -5,7 +5,7 @@
 //!   Down ───────────► Dialling ────────────────────► Up
 //!    ▲                   │ failed                     │ error, or told to
 //!    └───────────────────┴────────────────────────────┘
-//!       and again after a pause that doubles, up to two seconds
+//!       and again after a pause that doubles, up to two seconds, or half of one where nobody listens
 //! ```
 //!
 //! The socket does not block; the worker's loop says when it can be read and written. Nothing is
@@ -33,8 +33,11 @@ use crate::threads::Waker;
 
 /// Pause after the first failure. A safekeeper that restarts is back within a second.
 const PAUSE_MS_MIN: u64 = 100;
-/// A refused connection costs next to nothing, and commits may be waiting for this member.
+/// What a host that is away or a handshake that fails costs is bounded by it.
 const PAUSE_MS_MAX: u64 = 2000;
+/// While a host says that nobody listens, which costs next to nothing: a safekeeper may start there any
+/// moment, and commits may be waiting for it.
+const PAUSE_MS_MAX_REFUSED: u64 = 500;
 /// A connection that lived so long was a good one: its end is news, and is dialled again at once.
 const LIVED_MS: u64 = 5000;
 
@@ -75,6 +78,8 @@ pub struct Peer {
     link: Link,
     /// In a row, without a connection that lived.
     failures: u32,
+    /// Nobody listened at the last dial.
+    refused: bool,
     connections: u64,
     round_trip: Duration,
     last_error: String,
@@ -89,6 +94,7 @@ impl Peer {
             dial,
             link: Link::Down { until_ms: 0 },
             failures: 0,
+            refused: false,
             connections: 0,
             round_trip: Duration::ZERO,
             last_error: String::new(),
@@ -167,8 +173,12 @@ impl Peer {
                 DialEvent::Panicked("connecting thread ended without a word".to_owned())
             }
             Ok(Dialled::Panicked(text)) => DialEvent::Panicked(text),
-            Ok(Dialled::Failed(reason)) => DialEvent::Failed(reason),
+            Ok(Dialled::Failed { reason, refused }) => {
+                self.refused = refused;
+                DialEvent::Failed(reason)
+            }
             Ok(Dialled::Connected(Connected { stream, round_trip })) => {
+                self.refused = false;
                 self.connections += 1;
                 self.round_trip = round_trip;
                 self.link = Link::Up(Box::new(Connection {
@@ -270,7 +280,12 @@ impl Peer {
         }
         let doubled = PAUSE_MS_MIN << self.failures.min(10);
         self.failures = self.failures.saturating_add(1);
-        let pause_ms = self.jittered(doubled.min(PAUSE_MS_MAX));
+        let longest = if self.refused {
+            PAUSE_MS_MAX_REFUSED
+        } else {
+            PAUSE_MS_MAX
+        };
+        let pause_ms = self.jittered(doubled.min(longest));
         self.link = Link::Down {
             until_ms: now_ms + pause_ms,
         };
@@ -388,15 +403,35 @@ mod tests {
     #[test]
     fn pauses_double_up_to_a_bound_and_start_anew_after_a_good_connection() {
         let mut peer = peer(1);
-        for (now_ms, bound) in (0..).zip([100, 200, 400, 800, 1600, 2000, 2000, 2000]) {
-            peer.close("refused", now_ms);
-            let pause = peer.next_dial_ms() - now_ms;
-            assert!((bound / 2..=bound).contains(&pause), "{pause} of {bound}");
+        for bound in [100, 200, 400, 800, 1600, 2000, 2000, 2000] {
+            assert_pauses_up_to(bound, &mut peer, "timed out");
         }
         let (mut peer, _server) = connected();
         peer.failures = 9;
         peer.close("lost", LIVED_MS);
         assert!(peer.next_dial_ms() <= LIVED_MS + 100);
+    }
+
+    #[track_caller]
+    fn assert_pauses_up_to(bound: u64, peer: &mut Peer, reason: &str) {
+        let now_ms = 7;
+        peer.close(reason, now_ms);
+        let pause = peer.next_dial_ms() - now_ms;
+        assert!((bound / 2..=bound).contains(&pause), "{pause} of {bound}");
+    }
+
+    /// It may be a safekeeper that starts anew, and commits wait for it.
+    #[test]
+    fn where_nobody_listens_pauses_are_short() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let mut peer = peer(listener.local_addr().expect("bound").port());
+        drop(listener);
+        for bound in [100, 200, 400, 500, 500] {
+            let DialEvent::Failed(reason) = dialled(&mut peer, u64::MAX - 1) else {
+                panic!("somebody listens");
+            };
+            assert_pauses_up_to(bound, &mut peer, &reason);
+        }
     }
 
     #[test]
