@@ -59,6 +59,7 @@ mod promoter;
 mod promotion;
 mod pusher;
 mod read_only;
+mod replay_wait;
 mod settings;
 mod shmem;
 mod slot;

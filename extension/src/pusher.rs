@@ -49,6 +49,7 @@ use crate::local_log::{load_local_history, load_timelines, unled_from, wal_forma
 use crate::local_wal::WalReader;
 use crate::peer::Peer;
 use crate::postgres;
+use crate::replay_wait::ReplayWait;
 use crate::settings::{Settings, settings};
 use crate::shmem::{self, Status};
 use crate::slot::Slot;
@@ -68,6 +69,7 @@ pub struct Pusher {
     members: Vec<Member>,
     local_wal: WalReader<WalBuffers>,
     early_push: EarlyPush,
+    replay_wait: ReplayWait,
     comparison: Option<Comparison>,
     actions: Vec<ProposerAction>,
     /// Empty; its memory is used again.
@@ -214,6 +216,7 @@ impl Pusher {
             members: members(settings),
             local_wal: WalReader::new(buffers, files),
             early_push: EarlyPush::new(shmem::latest_hint(), processors()),
+            replay_wait: ReplayWait::default(),
             comparison: None,
             actions,
             spare_actions: Vec::new(),
@@ -266,6 +269,7 @@ impl Pusher {
             self.proposer.on_tick(now_ms, &mut self.actions);
         }
         self.carry_out();
+        self.ask_for_replay();
         self.send_all();
         self.keep_slot();
         self.follow_reign();
@@ -309,9 +313,9 @@ impl Pusher {
         let look_ms = self
             .early_push()
             .and_then(|early_push| early_push.next_look_ms(&self.situation()));
-        next_ms
-            .saturating_sub(self.now_ms())
-            .min(look_ms.unwrap_or(u64::MAX))
+        let ask_ms = self.replay_wait.next_look_ms(self.started.elapsed());
+        let looks = look_ms.into_iter().chain(ask_ms);
+        looks.fold(next_ms.saturating_sub(self.now_ms()), u64::min)
     }
 
     fn next_tick_ms(&self) -> u64 {

@@ -8,7 +8,7 @@ use cluster_tests::Cluster;
 use cluster_tests::place::Programs;
 use cluster_tests::poll::{SOON, never_within, wait_until};
 use cluster_tests::postgres::Stop;
-use cluster_tests::process::{Process, spawn};
+use cluster_tests::process::{Process, signal_descendant, spawn};
 use cluster_tests::safekeeper::Safekeeper;
 use cluster_tests::wal_compare::{WalDir, copy_received};
 use safekeeper_protocol::Lsn;
@@ -84,6 +84,39 @@ fn remote_apply_waits_for_the_standby_behind_the_safekeepers() {
     standby.sql("select pg_wal_replay_resume()");
     waiting.wait(SOON).expect("the standby has replayed it");
     assert_eq!(standby.value("select max(a) from t"), "4");
+}
+
+/// Nothing is sent that would be answered, since heartbeats are a quarter of an hour apart and nobody else writes
+/// WAL: whoever waits for a standby has the safekeepers asked.
+#[test]
+fn remote_apply_on_a_quiet_server_waits_for_no_heartbeat() {
+    let settings = "walproposer.member_timeout = '1h'\nautovacuum = off";
+    let cluster = Cluster::start_with(settings, &[]);
+    cluster.primary.sql("create table t (a int)");
+    let standby = cluster.start_standby("standby");
+    // Every fifteen seconds it writes which transactions run.
+    let primary = cluster.primary.process();
+    for pid in primary.children_named("background writer") {
+        signal_descendant(pid, libc::SIGSTOP);
+    }
+    let end = cluster.wait_all_caught_up(SOON);
+    wait_until("the standby follows", SOON, || standby.replay_lsn() >= end);
+    let apply = "set synchronous_commit = remote_apply";
+    for n in 1..=20 {
+        let insert = format!("insert into t values ({n})");
+        let commit = cluster.commit_in_background_with(apply, &insert);
+        commit.wait(SOON).expect("the standby replays it");
+        assert_eq!(standby.value("select max(a) from t"), n.to_string());
+    }
+    // The standby that replays nothing for a while is asked all the while.
+    standby.sql("select pg_wal_replay_pause()");
+    wait_until("replay has paused", SOON, || {
+        standby.value("select pg_get_wal_replay_pause_state()") == "paused"
+    });
+    let commit = cluster.commit_in_background_with(apply, "insert into t values (21)");
+    cluster.wait_commits_waiting(1);
+    standby.sql("select pg_wal_replay_resume()");
+    commit.wait(SOON).expect("the standby replays it");
 }
 
 /// Without a quorum, the one safekeeper that is left holds WAL that is not committed. A standby and

@@ -130,6 +130,22 @@ impl Pusher {
         }
     }
 
+    /// Has members asked how far their standbys are, if a commit waits for that and no answer is due anyway.
+    pub(super) fn ask_for_replay(&mut self) {
+        let it = self.situation();
+        let apply_lsn = self.lowest_apply_lsn();
+        // Whoever is still committing begins to wait any moment, or has just ceased to.
+        let may_wait = self.wal_sender.is_some()
+            && it.commit_lsn >= it.sent_lsn
+            && apply_lsn.is_valid()
+            && apply_lsn < it.commit_lsn
+            && (it.hint.committing > 0 || wal_sender_slot::somebody_waits_for_replay());
+        let is_due = self.replay_wait.is_due(may_wait, apply_lsn, it.now);
+        if is_due && wal_sender_slot::somebody_waits_for_replay() {
+            self.proposer.ask_for_feedback();
+        }
+    }
+
     /// Shows the positions, and releases the commits that the quorum has.
     fn release_commits(&mut self, now: Duration) {
         self.follow_reign();

@@ -242,6 +242,8 @@ struct Link {
     stream: Option<Stream>,
     last_heard_ms: u64,
     last_sent_ms: u64,
+    /// The next Append is to ask for an answer.
+    ask: bool,
     commit_told: Lsn,
     feedback: StandbyFeedback,
     term: Term,

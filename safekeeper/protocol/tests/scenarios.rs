@@ -19,6 +19,8 @@
 //! node 4 / dial A 4                 one more safekeeper / A connects to it too
 //! members A 2,3,4 [from=1000000]    A begins to change the members; logs of new ones begin there
 //! give up A                         it gives that up
+//! replayed 2 1000100                the standbys of 2 report that they have replayed so far
+//! ask A                             somebody waits for them on A
 //! forge A->2 3 1000100              a heartbeat of term 3 with this commit_lsn gets on the way
 //! stop A                            Postgres is gone
 //! differ A 1000080                  from now on A's comparison with a donor finds this difference
@@ -236,6 +238,14 @@ impl World {
                 self.carry_out(letter(name), actions);
             }
             ["promote", name, ..] => self.promote(letter(name), &words[2..]),
+            ["replayed", id, lsn] => {
+                let acceptor = self.node(id).acceptor.as_mut().expect("it is up");
+                acceptor.set_feedback(StandbyFeedback {
+                    apply_lsn: Lsn(hex(lsn)),
+                    ..StandbyFeedback::default()
+                });
+            }
+            ["ask", name] => self.server(letter(name)).proposer.ask_for_feedback(),
             ["forge", route, term, commit] => {
                 let (name, id) = route.split_once("->").expect("from->to");
                 let append = Append {
@@ -994,7 +1004,13 @@ fn brief_acceptor(message: &AcceptorMessage) -> String {
                 m.term, m.history, m.flush_lsn
             )
         }
-        AcceptorMessage::AppendResponse(m) => format!("flushed {} term {}", m.flush_lsn, m.term),
+        AcceptorMessage::AppendResponse(m) => {
+            let applied = match m.feedback.apply_lsn {
+                Lsn::INVALID => String::new(),
+                lsn => format!(", standbys have replayed {lsn}"),
+            };
+            format!("flushed {} term {}{applied}", m.flush_lsn, m.term)
+        }
         AcceptorMessage::ReadResponse(m) => format!("read {}", m.begin_lsn),
     }
 }

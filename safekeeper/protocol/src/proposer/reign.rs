@@ -216,7 +216,7 @@ impl Proposer {
         } else {
             0
         };
-        let heartbeat_due = now_ms >= link.last_sent_ms + heartbeat_ms;
+        let heartbeat_due = link.ask || now_ms >= link.last_sent_ms + heartbeat_ms;
         if len == 0 && !heartbeat_due && link.commit_told >= self.commit_lsn {
             return None;
         }
@@ -226,6 +226,7 @@ impl Proposer {
         // member: it must not put off the heartbeat that asks for one.
         if len > 0 || heartbeat_due {
             link.last_sent_ms = now_ms;
+            link.ask = false;
         }
         link.commit_told = self.commit_lsn;
         Some(Append {
@@ -238,6 +239,15 @@ impl Proposer {
             truncate_lsn,
             reply_requested: len == 0 && heartbeat_due,
         })
+    }
+
+    /// Somebody waits for standbys to replay: the next Append to each peer that has some, and whose last report
+    /// is of less than `commit_lsn`, asks for an answer, which tells how far they are.
+    pub fn ask_for_feedback(&mut self) {
+        for link in self.links.iter_mut().flatten() {
+            let apply_lsn = link.feedback.apply_lsn;
+            link.ask |= apply_lsn.is_valid() && apply_lsn < self.commit_lsn;
+        }
     }
 
     /// Where this peer's next byte lies; `None` if it does not follow.
