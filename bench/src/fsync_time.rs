@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use cluster_tests::place::TestDir;
 use cluster_tests::process::{Environment, run_ok};
 
+use crate::processors::Processors;
+
 /// In milliseconds.
 #[derive(Clone, Copy, Debug, serde::Serialize)]
 pub struct FlushTime {
@@ -21,10 +23,17 @@ pub struct FlushTime {
 
 pub const VERB: &str = "fsync-time";
 
-/// In that directory, by a process with these variables.
-pub fn measure(dir: &TestDir, environment: Environment) -> FlushTime {
+/// In that directory, by a process with these variables, on the primary's processors if they are divided.
+pub fn measure(
+    dir: &TestDir,
+    environment: Environment,
+    processors: Option<&Processors>,
+) -> FlushTime {
     let mut command = Command::new(std::env::current_exe().expect("our own program"));
     command.arg(VERB).arg(dir.path()).envs(environment);
+    if let Some(processors) = processors {
+        processors.start_as_primary(&mut command);
+    }
     let [median, p99] = two_times(command);
     FlushTime { median, p99 }
 }

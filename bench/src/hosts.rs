@@ -8,7 +8,8 @@
 //! ```
 //!
 //! All files lie in memory, flushes are lengthened by a sleep, links by a proxy: nothing is shared
-//! but the CPUs, which are kept awake (`awake.rs`). *Execution* is what the local-only setup takes in the
+//! but the CPUs, which are kept awake (`awake.rs`); on demand half of them are the primary's alone
+//! (`processors.rs`). *Execution* is what the local-only setup takes in the
 //! same round beyond F_primary. F_primary, RTT + F_member and their maximum are measured, not what was asked
 //! for (`quorum_time.rs`).
 //! At more than one client a local commit also waits for the flush that is under way, which
@@ -22,6 +23,7 @@ use crate::awake::KeepAwake;
 use crate::fsync_time;
 use crate::options::Options;
 use crate::pgbench::{self, Run};
+use crate::processors::Processors;
 use crate::quorum_time::{self, QuorumTimes};
 use crate::samples::Samples;
 use crate::setups::{Hosts, Kind, Setup, Setups};
@@ -97,6 +99,10 @@ impl Times {
 
 pub fn measure(options: &Options, samples: &mut Samples) {
     let _awake = KeepAwake::begin();
+    let processors = match options.own_processors {
+        true => Processors::divide(),
+        false => None,
+    };
     // A setup's members have links or they don't.
     let (near, apart): (Vec<Point>, Vec<Point>) = options
         .points
@@ -106,14 +112,27 @@ pub fn measure(options: &Options, samples: &mut Samples) {
         if points.is_empty() {
             continue;
         }
-        measure_there(options, hosts, &points, samples);
+        measure_there(options, hosts, &points, processors.as_ref(), samples);
     }
 }
 
-fn measure_there(options: &Options, hosts: Hosts, points: &[Point], samples: &mut Samples) {
+fn measure_there(
+    options: &Options,
+    hosts: Hosts,
+    points: &[Point],
+    processors: Option<&Processors>,
+    samples: &mut Samples,
+) {
     let mut setups = Setups::start(options, &options.setups, hosts);
     setups.iter().for_each(Setup::write_page_images);
-    let times: Vec<_> = points.iter().map(|point| look(*point, &setups)).collect();
+    if let Some(processors) = processors {
+        let primaries = setups.iter().map(|setup| setup.primary.process().id());
+        primaries.for_each(|pid| processors.give_to_primary(pid));
+    }
+    let times: Vec<_> = points
+        .iter()
+        .map(|point| look(*point, &setups, processors))
+        .collect();
     // Nothing here depends on a disk: short runs lie close together.
     for round in 0..options.few_rounds(3) {
         for (point, times) in points.iter().zip(&times) {
@@ -130,7 +149,7 @@ fn measure_there(options: &Options, hosts: Hosts, points: &[Point], samples: &mu
     }
 }
 
-fn look(point: Point, setups: &Setups) -> Times {
+fn look(point: Point, setups: &Setups, processors: Option<&Processors>) -> Times {
     let dir = setups.dir();
     let disk = |name: &str, us: u64| {
         let disk = SlowDisk::new(dir, name);
@@ -144,8 +163,8 @@ fn look(point: Point, setups: &Setups) -> Times {
         us => Some(slow_link::calibrate(Duration::from_micros(us))),
     };
     let times = Times {
-        primary_flush: fsync_time::measure(dir, primary.environment()).median,
-        quorum: quorum_time::measure(dir, &primary, &member, one_way),
+        primary_flush: fsync_time::measure(dir, primary.environment(), processors).median,
+        quorum: quorum_time::measure(dir, &primary, &member, one_way, processors),
         one_way: one_way.unwrap_or_default(),
     };
     eprintln!(
@@ -191,10 +210,10 @@ fn add(samples: &mut Samples, round: u32, point: &str, times: &Times, runs: &[(K
     for (kind, run) in runs {
         let mut values = run.values();
         if let Some((_, local)) = local {
-            let execution = local.mean - times.primary_flush;
-            let formula = times.formula(*kind) + execution;
-            values.push(("formula_ms", formula));
-            values.push(("of_formula", run.mean / formula));
+            let formula = |local: f64| times.formula(*kind) + local - times.primary_flush;
+            values.push(("formula_ms", formula(local.mean)));
+            values.push(("of_formula", run.mean / formula(local.mean)));
+            values.push(("p50_of_formula", run.p50 / formula(local.p50)));
         }
         samples.add(PART, point, *kind, round, values);
     }

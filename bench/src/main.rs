@@ -17,6 +17,7 @@ mod options;
 mod pgbench;
 mod plot;
 mod processes;
+mod processors;
 mod quorum_time;
 mod receiver;
 mod report;

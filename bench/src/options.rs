@@ -25,6 +25,8 @@ pub struct Options {
     pub clients: Vec<u32>,
     /// Of emulated hosts.
     pub points: Vec<Point>,
+    /// Half of the processors are the emulated primary's alone.
+    pub own_processors: bool,
     pub scale: u32,
     pub bulk_megabytes: u64,
 }
@@ -41,7 +43,8 @@ pub enum Part {
 
 impl Options {
     pub fn from_environment() -> Options {
-        let quick = variable("QUICK").is_some_and(|value| value != "0");
+        let is_on = |name| variable(name).is_some_and(|value| value != "0");
+        let quick = is_on("QUICK");
         let (rounds, seconds, megabytes) = if quick { (1, 3, 256) } else { (9, 4, 512) };
         Options {
             out: variable("OUT").map_or_else(|| PathBuf::from("target/bench"), PathBuf::from),
@@ -54,6 +57,7 @@ impl Options {
                 let few = if quick { 2 } else { hosts::POINTS.len() };
                 hosts::POINTS[..few].to_vec()
             }),
+            own_processors: is_on("OWN_PROCESSORS"),
             scale: number("SCALE").unwrap_or(10),
             bulk_megabytes: number("BULK_MB").unwrap_or(megabytes),
         }

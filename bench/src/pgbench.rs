@@ -12,6 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use cluster_tests::place::{TestDir, give_to_server_user};
 use cluster_tests::process::run_ok;
 
+use crate::processes::Busy;
 use crate::setups::{MEMORY, Setup};
 
 pub struct Run {
@@ -26,6 +27,8 @@ pub struct Run {
     pub cpu_primary: f64,
     pub cpu_senders: f64,
     pub cpu_members: f64,
+    /// Of all processors, whoever keeps them busy.
+    pub busy_percent: f64,
 }
 
 impl Run {
@@ -40,6 +43,7 @@ impl Run {
             ("cpu_primary_s_per_10k", self.cpu_primary),
             ("cpu_senders_s_per_10k", self.cpu_senders),
             ("cpu_members_s_per_10k", self.cpu_members),
+            ("busy_percent", self.busy_percent),
         ]
     }
 }
@@ -57,9 +61,9 @@ pub fn run(setup: &Setup, clients: u32, time: Duration) -> Run {
     let pgbench = thread::spawn(move || run_ok(command));
     thread::sleep(WARM_UP);
     let senders = setup.senders();
-    let (begin, cost_before) = (now(), setup.cost(&senders));
+    let (begin, busy, cost_before) = (now(), Busy::now(), setup.cost(&senders));
     thread::sleep(time);
-    let (end, cost_after) = (now(), setup.cost(&senders));
+    let (end, busy_percent, cost_after) = (now(), busy.percent_since(), setup.cost(&senders));
     pgbench.join().expect("pgbench succeeds");
     assert!(
         setup.all_follow(),
@@ -82,6 +86,7 @@ pub fn run(setup: &Setup, clients: u32, time: Duration) -> Run {
         cpu_primary: per_10k(cost.primary),
         cpu_senders: per_10k(cost.senders),
         cpu_members: per_10k(cost.members),
+        busy_percent,
     }
 }
 

@@ -35,6 +35,13 @@ impl CpuTimes {
         self.0.get(&pid).map_or(0.0, |entry| entry.own)
     }
 
+    /// A process and all below it.
+    pub fn tree(&self, pid: u32) -> Vec<u32> {
+        let children = self.0.iter().filter(|(_, entry)| entry.parent == pid);
+        let below = children.flat_map(|(child, _)| self.tree(*child));
+        std::iter::once(pid).chain(below).collect()
+    }
+
     /// Seconds of a process, all below it, and those of them that have ended.
     pub fn of_tree(&self, pid: u32) -> f64 {
         let children = self.0.iter().filter(|(_, entry)| entry.parent == pid);
@@ -100,6 +107,36 @@ impl RunTimes {
             .iter()
             .filter_map(|(tid, time)| Some(time - earlier.0.get(tid)?));
         both.sum()
+    }
+}
+
+/// How long all processors together have been busy, and were there, in ticks of the kernel's.
+pub struct Busy {
+    busy: f64,
+    all: f64,
+}
+
+impl Busy {
+    pub fn now() -> Busy {
+        let text = fs::read_to_string("/proc/stat").expect("/proc is there");
+        let line = text
+            .lines()
+            .next()
+            .expect("the first line is of all processors");
+        let ticks = line.split_whitespace().filter_map(|word| word.parse().ok());
+        // user, nice, system, idle, iowait, irq, softirq, steal; those of guests stand under user, too.
+        let ticks: Vec<f64> = ticks.take(8).collect();
+        let all: f64 = ticks.iter().sum();
+        let idle: f64 = ticks.iter().skip(3).take(2).sum();
+        Busy {
+            busy: all - idle,
+            all,
+        }
+    }
+
+    pub fn percent_since(&self) -> f64 {
+        let now = Busy::now();
+        100.0 * (now.busy - self.busy) / (now.all - self.all)
     }
 }
 

@@ -24,6 +24,7 @@ use cluster_tests::process::Process;
 use cluster_tests::slow_disk::SlowDisk;
 
 use crate::fsync_time::{Flushed, print_percentiles, two_times};
+use crate::processors::Processors;
 use crate::slow_link::{SlowLink, set_all};
 
 /// In milliseconds.
@@ -48,6 +49,7 @@ pub fn measure(
     primary: &SlowDisk,
     member: &SlowDisk,
     one_way: Option<Duration>,
+    processors: Option<&Processors>,
 ) -> QuorumTimes {
     let addresses: Vec<_> = (0..MEMBERS).map(|_| unused_address()).collect();
     let start = |address: &SocketAddr| start_echo(dir, *address, member);
@@ -66,6 +68,9 @@ pub fn measure(
     command.arg(VERB).arg(dir.path());
     command.args(reached.iter().map(SocketAddr::to_string));
     command.envs(primary.environment());
+    if let Some(processors) = processors {
+        processors.start_as_primary(&mut command);
+    }
     let [members, both] = two_times(command);
     QuorumTimes { members, both }
 }

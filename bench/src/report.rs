@@ -46,7 +46,7 @@ impl Machine {
             kernel: read("/proc/sys/kernel/osrelease").trim().to_owned(),
             postgres: run_ok(version).trim().to_owned(),
             awake: KeepAwake::begin().is_some(),
-            flush_ms: fsync_time::measure(&TestDir::new(), Environment::new()),
+            flush_ms: fsync_time::measure(&TestDir::new(), Environment::new(), None),
         }
     }
 }
@@ -80,12 +80,17 @@ fn text(options: &Options, machine: &Machine, samples: &Samples) -> String {
     let _ = writeln!(
         text,
         "{}, {} × {}, Linux {}. An fdatasync of 8 kB on its disk: {median:.3} ms, p99 {p99:.3} ms. \
-         Emulated hosts' processors are {}kept awake. Rounds: {}, of {} s.",
+         Emulated hosts' processors are {}kept awake{}. Rounds: {}, of {} s.",
         machine.postgres,
         machine.cpus,
         machine.cpu,
         machine.kernel,
         if machine.awake { "" } else { "not " },
+        if options.own_processors {
+            ", and half of them are the primary's"
+        } else {
+            ""
+        },
         options.rounds,
         options.time.as_secs(),
     );
@@ -110,6 +115,7 @@ fn text(options: &Options, machine: &Machine, samples: &Samples) -> String {
             ("of it the primary", "cpu_primary_s_per_10k", 2),
             ("(its senders)", "cpu_senders_s_per_10k", 2),
             ("members", "cpu_members_s_per_10k", 2),
+            ("processors busy %", "busy_percent", 0),
         ],
     );
     section(
@@ -212,9 +218,11 @@ fn text(options: &Options, machine: &Machine, samples: &Samples) -> String {
             ("mean ms", "mean_ms", 3),
             ("formula ms", "formula_ms", 3),
             ("mean/formula", "of_formula", 3),
+            ("the same of p50", "p50_of_formula", 3),
             ("p50 ms", "p50_ms", 3),
             ("p99 ms", "p99_ms", 3),
             ("CPU s per 10,000 commits", "cpu_s_per_10k", 2),
+            ("processors busy %", "busy_percent", 0),
         ],
     );
     text
